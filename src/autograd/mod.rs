@@ -1,0 +1,1 @@
+//! Gradient hooks, custom functions, and a backward that gives typed errors.

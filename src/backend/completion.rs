@@ -1,0 +1,126 @@
+//! The promise that a backend keeps: told once how an operation ended.
+
+use std::fmt;
+use std::sync::Arc;
+use std::task::Waker;
+use std::time::Instant;
+
+use parking_lot::{Condvar, Mutex};
+
+use crate::{Error, Result};
+
+/// What is known of an operation that ended well.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Receipt {
+    /// For a receive: the rank of the group that sent.
+    pub source: Option<usize>,
+}
+
+type Finisher = Box<dyn FnOnce(Result<Receipt>) -> Result<Receipt> + Send>;
+
+/// The backend's end of an asynchronous operation. Calling [`complete`](Self::complete) ends it;
+/// dropping it without that ends it with [`Error::Aborted`].
+pub struct Completion {
+    state: Arc<State>,
+    finisher: Option<Finisher>,
+    completed: bool,
+}
+
+/// The caller's end.
+#[derive(Clone)]
+pub(crate) struct Ticket {
+    state: Arc<State>,
+}
+
+#[derive(Default)]
+struct State {
+    slot: Mutex<Slot>,
+    ended: Condvar,
+}
+
+#[derive(Default)]
+struct Slot {
+    result: Option<Result<Receipt, Arc<Error>>>,
+    wakers: Vec<Waker>,
+}
+
+impl Completion {
+    /// A promise and its ticket. `finisher` runs once, on the thread that completes, before anyone
+    /// learns of the end: it copies outputs back to where the user wants them and records failures.
+    pub(crate) fn new(finisher: Option<Finisher>) -> (Self, Ticket) {
+        let state = Arc::<State>::default();
+        (Self { state: state.clone(), finisher, completed: false }, Ticket { state })
+    }
+
+    /// Ends the operation and wakes those who wait.
+    pub fn complete(mut self, result: Result<Receipt>) {
+        self.finish(result);
+    }
+
+    fn finish(&mut self, result: Result<Receipt>) {
+        self.completed = true;
+        let result = match self.finisher.take() {
+            Some(finisher) => finisher(result),
+            None => result,
+        };
+        let wakers = {
+            let mut slot = self.state.slot.lock();
+            slot.result = Some(result.map_err(Arc::new));
+            std::mem::take(&mut slot.wakers)
+        };
+        self.state.ended.notify_all();
+        wakers.into_iter().for_each(Waker::wake);
+    }
+}
+
+impl Drop for Completion {
+    fn drop(&mut self) {
+        if !self.completed {
+            self.finish(Err(Error::Aborted));
+        }
+    }
+}
+
+impl fmt::Debug for Completion {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Completion")
+    }
+}
+
+impl Ticket {
+    /// The result, once there is one.
+    pub(crate) fn result(&self) -> Option<Result<Receipt>> {
+        self.state.slot.lock().result.as_ref().map(Self::read)
+    }
+
+    /// Waits for the end, until `deadline` where there is one; `None` when that passed first.
+    pub(crate) fn wait_until(&self, deadline: Option<Instant>) -> Option<Result<Receipt>> {
+        let mut slot = self.state.slot.lock();
+        loop {
+            if let Some(result) = &slot.result {
+                return Some(Self::read(result));
+            }
+            match deadline {
+                None => self.state.ended.wait(&mut slot),
+                Some(deadline) => {
+                    if self.state.ended.wait_until(&mut slot, deadline).timed_out() {
+                        return slot.result.as_ref().map(Self::read);
+                    }
+                }
+            }
+        }
+    }
+
+    /// The result, or a promise to wake.
+    pub(crate) fn poll(&self, waker: &Waker) -> Option<Result<Receipt>> {
+        let mut slot = self.state.slot.lock();
+        if slot.result.is_none() && !slot.wakers.iter().any(|w| w.will_wake(waker)) {
+            slot.wakers.push(waker.clone());
+        }
+        slot.result.as_ref().map(Self::read)
+    }
+
+    fn read(result: &Result<Receipt, Arc<Error>>) -> Result<Receipt> {
+        result.as_ref().map(|r| *r).map_err(|e| e.duplicate())
+    }
+}

@@ -1,0 +1,54 @@
+//! What moves the bytes of collectives, below the engine and above threads, shared memory and TCP.
+//!
+//! A collective in flight is a [`Run`]: a state machine that never blocks, driven either by the
+//! thread that made a blocking call or by the progress engine. The engine numbers calls, keeps them
+//! in order, watches deadlines and failures; a transport only moves.
+
+use std::time::Instant;
+
+use crate::Result;
+use crate::backend::Call;
+
+/// Sequence number and fingerprint of a call: travel with the data, compared on arrival.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Stamp {
+    /// The call's number in its group.
+    pub(crate) seq: u64,
+    /// Operation, kind, count, root and reduce op, packed so that a mismatch can be told in words.
+    pub(crate) fingerprint: u128,
+}
+
+/// What one step of a run did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Progress {
+    /// The operation has ended: outputs are written, buffers are no longer touched.
+    Done,
+    /// Something moved; call again soon.
+    Moved,
+    /// Nothing moved; worth waiting before the next call.
+    Idle,
+}
+
+/// One collective in flight.
+pub(crate) trait Run: Send {
+    /// Moves what can be moved without blocking.
+    fn advance(&mut self) -> Result<Progress>;
+}
+
+/// What connects the ranks of one group.
+pub(crate) trait Transport: Send + Sync {
+    /// Begins a collective. The stamp is this rank's; what arrives is compared with it.
+    fn start<'a>(&self, call: Call<'a>, stamp: Stamp) -> Result<Box<dyn Run + 'a>>;
+
+    /// Runs a whole collective at once where that is possible without a state machine (the shared
+    /// memory fast path for small messages); gives the call back where it is not.
+    fn run_inline<'a>(&self, call: Call<'a>, _stamp: Stamp, _deadline: Instant) -> Result<Option<Call<'a>>> {
+        Ok(Some(call))
+    }
+
+    /// Sleeps until something may have moved, `interrupt` was called, or the time has come.
+    fn park(&self, until: Instant);
+
+    /// Ends a `park`, from any thread.
+    fn interrupt(&self);
+}

@@ -1,0 +1,13 @@
+//! torch.distributed for Rust, on [`tch`] (libtorch).
+
+#![deny(missing_docs)]
+
+pub mod autograd;
+pub mod backend;
+mod error;
+mod libtorch;
+pub mod process_group;
+pub mod store;
+
+pub use error::{Error, Result};
+pub use process_group::ReduceOp;

@@ -1,0 +1,10 @@
+#include "tensor.h"
+
+#include <ATen/core/Tensor.h>
+#include <ATen/MemoryOverlap.h>
+
+namespace tchd {
+bool overlaps_itself(const at::Tensor& tensor) {
+  return at::has_internal_overlap(tensor) == at::MemOverlap::Yes;
+}
+} // namespace tchd

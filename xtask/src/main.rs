@@ -1,0 +1,2 @@
+//! Development tasks of tch-distributed.
+fn main() {}

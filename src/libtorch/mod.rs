@@ -1,5 +1,7 @@
 //! The one room of unsafe FFI: a Rust face and C++ side by side, one pair of files a subject.
 
+mod store;
 mod tensor;
 
+pub(crate) use store::{C10dStore, TcpStoreOptions, panic_text};
 pub(crate) use tensor::overlaps_itself;

@@ -4,7 +4,7 @@ use std::env;
 use std::path::PathBuf;
 
 /// Each is a cxx bridge `src/libtorch/NAME.rs` beside its `NAME.cpp` and `NAME.h`.
-const BRIDGES: &[&str] = &["store", "tensor"];
+const BRIDGES: &[&str] = &["facts", "store", "tensor"];
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");

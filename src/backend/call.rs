@@ -6,7 +6,8 @@ use std::time::Duration;
 use smallvec::SmallVec;
 use tch::{Kind, Tensor};
 
-use crate::ReduceOp;
+use crate::libtorch::{Facts, facts};
+use crate::{Error, ReduceOp, Result};
 
 /// A collective operation. Roots are ranks of the group.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -94,8 +95,8 @@ impl fmt::Display for Op {
     }
 }
 
-/// A dense contiguous run of elements, in CPU or device memory: a tensor, borrowed for a blocking
-/// call or held for an asynchronous one.
+/// A dense contiguous run of elements, in CPU or device memory: a tensor or part of one, borrowed
+/// for a blocking call or held for an asynchronous one.
 pub struct Buffer<'a> {
     tensor: Holder<'a>,
     data: *mut u8,
@@ -112,26 +113,51 @@ enum Holder<'a> {
 unsafe impl Send for Buffer<'static> {}
 
 impl<'a> Buffer<'a> {
+    /// Holds a tensor, for a backend that wraps another and makes calls of its own.
+    ///
+    /// # Errors
+    /// `InvalidArgument` when the tensor is not contiguous, or sparse, or undefined.
+    ///
+    /// ```
+    /// use tch_distributed::backend::Buffer;
+    /// let buffer = Buffer::new(tch::Tensor::zeros([2, 3], (tch::Kind::Float, tch::Device::Cpu)))?;
+    /// assert_eq!((buffer.numel(), buffer.bytes()), (6, 24));
+    /// # Ok::<(), tch_distributed::Error>(())
+    /// ```
+    pub fn new(tensor: Tensor) -> Result<Buffer<'static>> {
+        match facts(&tensor) {
+            Ok(facts) if facts.plain => Ok(Buffer::owned_with(tensor, &facts)),
+            _ => Err(Error::invalid("tensor", "a buffer must be contiguous and dense")),
+        }
+    }
+
     /// Borrows a tensor, which the caller has found to be contiguous.
-    pub(crate) fn borrowed(tensor: &'a Tensor) -> Self {
-        Self::with(Holder::Borrowed(tensor))
+    pub(crate) fn borrowed(tensor: &'a Tensor, facts: &Facts) -> Self {
+        Self::with(Holder::Borrowed(tensor), facts)
+    }
+
+    /// Borrows `numel` elements from element `start` on.
+    pub(crate) fn part(tensor: &'a Tensor, facts: &Facts, start: usize, numel: usize) -> Self {
+        Self::with(Holder::Borrowed(tensor), facts).slice(facts.element, start, numel)
     }
 
     /// Holds a tensor, which the caller has found to be contiguous.
-    pub(crate) fn owned(tensor: Tensor) -> Self {
-        Self::with(Holder::Owned(tensor))
+    pub(crate) fn owned_with(tensor: Tensor, facts: &Facts) -> Self {
+        Self::with(Holder::Owned(tensor), facts)
     }
 
-    fn with(tensor: Holder<'a>) -> Self {
-        let t = match &tensor {
-            Holder::Borrowed(t) => t,
-            Holder::Owned(t) => t,
-        };
-        debug_assert!(t.is_contiguous());
-        let numel = t.numel();
-        let bytes = numel * t.kind().elt_size_in_bytes();
-        let data = if numel == 0 { std::ptr::null_mut() } else { t.data_ptr().cast() };
-        Self { tensor, data, numel, bytes }
+    /// Only the elements from `start` on.
+    pub(crate) fn slice(mut self, element: usize, start: usize, numel: usize) -> Self {
+        debug_assert!(start + numel <= self.numel);
+        self.data = if numel == 0 { std::ptr::null_mut() } else { self.data.wrapping_add(start * element) };
+        self.numel = numel;
+        self.bytes = numel * element;
+        self
+    }
+
+    fn with(tensor: Holder<'a>, facts: &Facts) -> Self {
+        debug_assert!(facts.plain);
+        Self { tensor, data: facts.data, numel: facts.numel, bytes: facts.numel * facts.element }
     }
 
     /// Where the first element is; null when there is none.
@@ -149,12 +175,21 @@ impl<'a> Buffer<'a> {
         self.bytes
     }
 
-    /// The tensor itself. Writing to it is what outputs are for.
-    pub fn tensor(&self) -> &Tensor {
-        match &self.tensor {
+    /// A flat tensor over the same memory. Writing to it is what outputs are for.
+    pub fn tensor(&self) -> Tensor {
+        let whole = match &self.tensor {
             Holder::Borrowed(t) => t,
             Holder::Owned(t) => t,
+        };
+        let flat = whole.detach().view([-1]);
+        if self.numel == whole.numel() {
+            return flat;
         }
+        let start = match self.numel {
+            0 => 0,
+            _ => (self.data as usize - flat.data_ptr() as usize) / (self.bytes / self.numel),
+        };
+        flat.narrow(0, start as i64, self.numel as i64)
     }
 
     /// The same buffer, holding its tensor.
@@ -185,7 +220,9 @@ pub fn segment_numel(segment: &[Buffer<'_>]) -> usize {
 }
 
 /// One collective operation on this rank's buffers, checked: ranks are in range, kinds agree,
-/// buffers are contiguous and dense, outputs do not overlap, a 0-element call is a call all the same.
+/// buffers are contiguous and dense, outputs do not overlap one another, a 0-element call is a call
+/// all the same. Inputs share no memory with outputs, but for one case: in `AllGather` and `Gather`
+/// the input may be exactly `outputs[rank]`.
 ///
 /// How a segment is cut into buffers is this rank's own business: ranks agree on the number of
 /// elements of a segment, not on its cuts.

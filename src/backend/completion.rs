@@ -52,6 +52,24 @@ impl Completion {
         (Self { state: state.clone(), finisher, completed: false }, Ticket { state })
     }
 
+    /// A promise that runs `then` when it is kept: for a backend that wraps another and has something
+    /// to do between the other's end and its own.
+    ///
+    /// ```
+    /// use tch_distributed::backend::{Completion, Receipt};
+    /// let (sender, receiver) = std::sync::mpsc::channel();
+    /// let done = Completion::from_fn(move |result| sender.send(result.is_ok()).unwrap());
+    /// done.complete(Ok(Receipt::default()));
+    /// assert!(receiver.recv().unwrap());
+    /// ```
+    pub fn from_fn(then: impl FnOnce(Result<Receipt>) + Send + 'static) -> Self {
+        Self::new(Some(Box::new(move |result| {
+            then(result);
+            Ok(Receipt::default())
+        })))
+        .0
+    }
+
     /// Ends the operation and wakes those who wait.
     pub fn complete(mut self, result: Result<Receipt>) {
         self.finish(result);

@@ -13,7 +13,7 @@ pub mod native;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tch::Kind;
+use tch::{Device, Kind};
 
 pub use call::{Buffer, Call, Direction, Op, Segment, Segments, Transfer, segment_numel};
 pub(crate) use completion::Ticket;
@@ -40,7 +40,10 @@ use crate::{Error, Result};
 /// * No panic and no block in `submit` and `transfer`; a failure is the result of the completion.
 /// * Operands are combined as [`ReduceOp`](crate::ReduceOp) says, the result is the same bits on every rank.
 /// * After `Desync`, `Timeout`, `PeerLost` or `Aborted` it touches no buffer of a completed call, and
-///   completes whatever is still pending.
+///   completes whatever is still pending with that error; calls that come later end at once with
+///   [`Error::Poisoned`] and the first cause.
+/// * Completions are completed outside its locks: what they run may call back into the backend.
+/// * Dropping it without a shutdown frees the same; peers whose calls do not need this rank go on.
 ///
 /// # What it may rely on
 /// * Ranks are in range, kinds agree on this rank, buffers are contiguous, outputs do not overlap.
@@ -48,6 +51,12 @@ use crate::{Error, Result};
 pub trait CollectiveBackend: Send + Sync + 'static {
     /// The backend's name.
     fn name(&self) -> &str;
+
+    /// Whether buffers may lie in the memory of this device. Tensors of other devices are copied to
+    /// the CPU and back.
+    fn accepts(&self, device: Device) -> bool {
+        device == Device::Cpu
+    }
 
     /// Whether the backend can do `op` on tensors of this kind; if not, what it cannot do, in words.
     fn supports(&self, _op: &Op, _kind: Kind) -> Result<(), String> {
@@ -72,7 +81,8 @@ pub trait CollectiveBackend: Send + Sync + 'static {
         None
     }
 
-    /// Ends everything that is pending, here and on the other ranks, with `cause`; later calls fail.
+    /// Ends everything that is pending, here and on the other ranks, with `cause`; later calls end
+    /// with [`Error::Poisoned`]. The first cause stays. Idempotent.
     fn abort(&self, cause: &Arc<Error>);
 
     /// Leaves in good order: waits up to `timeout` for what is pending, checks that every rank has

@@ -15,6 +15,8 @@ mod ffi {
     }
 }
 
+pub(crate) use ffi::Tensor as AtTensor;
+
 /// The C++ tensor behind a tch tensor.
 pub(crate) fn at(tensor: &tch::Tensor) -> &ffi::Tensor {
     // SAFETY: a tch tensor holds a non-null `at::Tensor*` that lives as long as it does.

@@ -1,39 +1,65 @@
-//! Compiles the C++ part (`src/libtorch/*.cpp`) against the libtorch that tch found.
+//! Compiles the C++ part (`src/libtorch/*.cpp`) against the libtorch that tch found, and tells cargo how the
+//! result is linked and run.
+
+#[path = "build/libtorch.rs"]
+mod libtorch;
+#[path = "build/link.rs"]
+mod link;
 
 use std::env;
-use std::path::PathBuf;
+
+use libtorch::Libtorch;
 
 /// Each is a cxx bridge `src/libtorch/NAME.rs` beside its `NAME.cpp` and `NAME.h`.
 const BRIDGES: &[&str] = &["facts", "store", "tensor"];
 
 fn main() {
-    println!("cargo:rerun-if-changed=build.rs");
+    println!("cargo::rerun-if-changed=build.rs");
+    println!("cargo::rerun-if-changed=build");
+    // Documentation needs no libtorch: rustdoc neither links nor reads the C++ part.
     if env::var_os("CARGO_FEATURE_DOC_ONLY").is_some() || env::var_os("DOCS_RS").is_some() {
         return;
     }
-    let lib = PathBuf::from(env::var_os("DEP_TCH_LIBTORCH_LIB").expect("torch-sys says where libtorch is"));
-    let include = lib.parent().expect("a lib folder has a parent").join("include");
+    if let Err(reason) = build() {
+        for line in reason.lines() {
+            println!("cargo::error={line}");
+        }
+        std::process::exit(1);
+    }
+}
 
+fn build() -> Result<(), String> {
+    let libtorch = Libtorch::that_tch_found()?;
+    libtorch.check_version()?;
+    libtorch.check_files()?;
+    compile(&libtorch)?;
+    link::emit(&libtorch)
+}
+
+fn compile(libtorch: &Libtorch) -> Result<(), String> {
     let rust: Vec<_> = BRIDGES.iter().map(|name| format!("src/libtorch/{name}.rs")).collect();
     let mut build = cxx_build::bridges(&rust);
     for name in BRIDGES {
         build.file(format!("src/libtorch/{name}.cpp"));
     }
+    println!("cargo::rerun-if-changed=src/libtorch");
     build
-        .include(&include)
-        .include(include.join("torch/csrc/api/include"))
+        .includes(libtorch.include_folders())
         .std("c++17")
         .opt_level(1)
         .define("AT_PER_OPERATOR_HEADERS", None)
+        .define("_GLIBCXX_USE_CXX11_ABI", libtorch.cxx11_abi().as_str())
         .flag_if_supported("-w")
-        .compile("tchd");
-    println!("cargo:rerun-if-changed=src/libtorch");
-
-    println!("cargo:rustc-link-search=native={}", lib.display());
-    println!("cargo:rustc-link-arg=-Wl,-rpath,{}", lib.display());
-    println!("cargo:rustc-link-arg=-Wl,--no-as-needed");
-    for name in ["torch_cpu", "torch", "c10"] {
-        println!("cargo:rustc-link-lib=dylib={name}");
-    }
-    println!("cargo:libtorch_lib={}", lib.display());
+        .try_compile("tchd")
+        .map_err(|error| {
+            format!(
+                "the C++ part of tch-distributed did not compile against {}\n\
+                 {error}\n\
+                 It needs a C++17 compiler (gcc 12 is tested) and the headers of libtorch {}.\n\
+                 `cargo xtask setup` in the repository of tch-distributed provides those headers; a libtorch of \
+                 your own is named by LIBTORCH.",
+                libtorch.lib.display(),
+                libtorch::TESTED.join(" or "),
+            )
+        })
 }

@@ -6,6 +6,7 @@ pub mod autograd;
 pub mod backend;
 mod error;
 mod libtorch;
+pub mod model_parallel;
 pub mod process_group;
 pub mod store;
 

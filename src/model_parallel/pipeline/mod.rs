@@ -1,0 +1,22 @@
+//! Pipeline parallelism: stages of a model on different ranks, micro-batches flowing through them.
+//!
+//! What each rank does in which order is a [`Plan`]: a pure value that is made, checked, drawn and timed
+//! without a tensor.
+//!
+//! ```
+//! use tch_distributed::model_parallel::pipeline::{Costs, Plan, Schedule};
+//!
+//! let plan = Plan::new(Schedule::OneFOneB, 4, 1, 8).unwrap();
+//! let timeline = plan.timeline(&Costs::default());
+//! assert!((timeline.bubble_share() - 3.0 / 11.0).abs() < 1e-12);
+//! println!("{timeline}");
+//! ```
+
+mod picture;
+mod plan;
+mod schedule;
+mod timeline;
+
+pub use plan::{Action, Pass, Plan};
+pub use schedule::Schedule;
+pub use timeline::{Costs, Slot, Timeline};

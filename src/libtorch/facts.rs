@@ -130,7 +130,11 @@ mod tests {
     #[test]
     fn a_tensor_without_memory_has_no_facts() {
         assert_eq!(facts(&Tensor::new()).unwrap_err(), NoFacts::Undefined);
-        let sparse = Tensor::zeros([2, 2], (Kind::Float, Device::Cpu)).to_sparse(None::<tch::Layout>, None::<i64>, None);
+        let sparse = Tensor::zeros([2, 2], (Kind::Float, Device::Cpu)).to_sparse(
+            None::<tch::Layout>,
+            None::<i64>,
+            None,
+        );
         assert_eq!(facts(&sparse).unwrap_err(), NoFacts::NotStrided);
     }
 

@@ -1,9 +1,45 @@
 //! The meeting place: a key-value store that all ranks reach.
+//!
+//! | store | who shares it | what it is |
+//! |---|---|---|
+//! | [`TcpStore`] | processes on any host | PyTorch's `TCPStore`, over libtorch's own: Python can join |
+//! | [`FileStore`] | processes that see one file system | PyTorch's `FileStore`, over libtorch's own |
+//! | [`HashStore`] | threads of one process | a map |
+//! | [`PrefixStore`] | whoever shares the store below | puts `prefix/` before every key, as PyTorch does |
+//!
+//! A store of your own is one `impl Store`; `init_process_group` takes it with `InitOptions::store`.
+
+mod hash;
+mod prefix;
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::Result;
+pub use hash::HashStore;
+pub use prefix::PrefixStore;
+
+use crate::{Error, Result};
+
+/// How long a store's `get` waits, unless told otherwise: PyTorch's five minutes.
+pub(crate) const DEFAULT_TIMEOUT: Duration = Duration::from_secs(300);
+
+/// A store operation that failed.
+pub(crate) fn failed(op: &str, keys: &[&str], reason: impl std::fmt::Display) -> Error {
+    Error::Store { op: op.to_owned(), key: keys.join(", "), reason: reason.to_string() }
+}
+
+/// A counter's value as it is kept.
+pub(crate) fn counter(key: &str, value: &[u8]) -> Result<i64> {
+    std::str::from_utf8(value).ok().and_then(|text| text.parse().ok()).ok_or_else(|| {
+        let shown: String = String::from_utf8_lossy(value).chars().take(40).collect();
+        failed("add", &[key], format!("its value {shown:?} is not an integer"))
+    })
+}
+
+/// What a wait that ended without its keys says.
+pub(crate) fn not_in_time(op: &str, keys: &[&str], timeout: Duration) -> Error {
+    failed(op, keys, format!("not set within {timeout:?}"))
+}
 
 /// A key-value store that ranks share: they find each other through it and agree on small things.
 ///

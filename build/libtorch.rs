@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// The versions that the tests have run against.
-pub const TESTED: &[&str] = &["2.11.0", "2.13.0"];
+pub(crate) const TESTED: &[&str] = &["2.11.0", "2.13.0"];
 
 /// Set to accept a version outside [`TESTED`].
 const ACCEPT_UNTESTED: &str = "TCH_DISTRIBUTED_UNTESTED_LIBTORCH";
@@ -22,16 +22,16 @@ const HEADERS: &[&str] = &[
 
 const LIBRARIES: &[&str] = &["libc10.so", "libtorch.so", "libtorch_cpu.so"];
 
-pub struct Libtorch {
+pub(crate) struct Libtorch {
     /// The folder of `libtorch_cpu.so`.
-    pub lib: PathBuf,
+    pub(crate) lib: PathBuf,
     /// The folder of `ATen/` and `torch/`.
-    pub include: PathBuf,
+    pub(crate) include: PathBuf,
 }
 
 impl Libtorch {
     /// torch-sys did the search (`LIBTORCH`, `LIBTORCH_USE_PYTORCH`, the system, a download) and passes the result on.
-    pub fn that_tch_found() -> Result<Self, String> {
+    pub(crate) fn that_tch_found() -> Result<Self, String> {
         for variable in ["LIBTORCH_INCLUDE", "LIBTORCH_CXX11_ABI", ACCEPT_UNTESTED] {
             println!("cargo::rerun-if-env-changed={variable}");
         }
@@ -46,16 +46,16 @@ impl Libtorch {
         Ok(Self { lib, include: root.join("include") })
     }
 
-    pub fn include_folders(&self) -> [PathBuf; 2] {
+    pub(crate) fn include_folders(&self) -> [PathBuf; 2] {
         [self.include.clone(), self.include.join("torch/csrc/api/include")]
     }
 
     /// As torch-sys compiles its own part.
-    pub fn cxx11_abi(&self) -> String {
+    pub(crate) fn cxx11_abi(&self) -> String {
         env::var("LIBTORCH_CXX11_ABI").unwrap_or_else(|_| "1".into())
     }
 
-    pub fn check_files(&self) -> Result<(), String> {
+    pub(crate) fn check_files(&self) -> Result<(), String> {
         for header in HEADERS {
             if !self.include.join(header).is_file() {
                 return Err(self.missing("header", header, &self.include));
@@ -82,7 +82,7 @@ impl Libtorch {
         )
     }
 
-    pub fn check_version(&self) -> Result<(), String> {
+    pub(crate) fn check_version(&self) -> Result<(), String> {
         let Some(version) = self.version() else {
             println!(
                 "cargo::warning=the version of the libtorch in {} cannot be told; tested are {}",

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 
 use crate::libtorch::Libtorch;
 
-pub fn emit(libtorch: &Libtorch) -> Result<(), String> {
+pub(crate) fn emit(libtorch: &Libtorch) -> Result<(), String> {
     let lib = libtorch.lib.display();
     let link =
         PathBuf::from(env::var_os("OUT_DIR").ok_or("cargo sets OUT_DIR for build scripts")?).join("libtorch");

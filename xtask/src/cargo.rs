@@ -1,0 +1,49 @@
+//! Running cargo for the repository.
+
+use std::env;
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+
+use crate::record;
+use crate::setup::root;
+
+/// cargo in the repository, with libtorch as the record says.
+pub(crate) fn cargo() -> Command {
+    let root = root();
+    let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo.current_dir(&root);
+    // cargo gave us the record's values. It gives them to our children again, and they are not to look like the user's
+    // own, or torch-sys would be compiled anew.
+    let ours = record::read(&root);
+    if ours.is_some() && ours == env::var_os("LIBTORCH").map(PathBuf::from) {
+        cargo.env_remove("LIBTORCH");
+    }
+    if !reads_includes() && root.join(record::FILE).is_file() {
+        cargo.arg("--config").arg(root.join(record::FILE));
+    }
+    cargo
+}
+
+/// cargo 1.94 and newer follow `include` in `.cargo/config.toml`.
+fn reads_includes() -> bool {
+    let output =
+        Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into())).arg("--version").output();
+    let text = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
+    let mut numbers =
+        text.split_whitespace().nth(1).unwrap_or_default().split('.').map(|number| number.parse().ok());
+    let (Some(Some(major)), Some(Some(minor))) = (numbers.next(), numbers.next()) else { return true };
+    (major, minor) >= (1u32, 94u32)
+}
+
+/// Runs it to its end; a failure is an error that names the command.
+pub(crate) fn run(command: &mut Command) -> Result<()> {
+    let words: Vec<_> = command.get_args().map(|word| word.to_string_lossy()).collect();
+    let line = format!("{} {}", "cargo", words.join(" "));
+    let status = command.status().with_context(|| format!("`{line}` does not start"))?;
+    if !status.success() {
+        bail!("`{line}` failed: {status}");
+    }
+    Ok(())
+}

@@ -1,0 +1,98 @@
+//! Where libtorch is: the user's own, else one in the system, else one that we provide.
+
+use std::env;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+
+use crate::cache;
+use crate::provision::{Provisioned, provision};
+use crate::record;
+use crate::wheels::{RELEASES, Release};
+
+pub(crate) enum Libtorch {
+    /// `LIBTORCH` names it.
+    Users(PathBuf),
+    /// `LIBTORCH_USE_PYTORCH`: the one that Python imports.
+    Python,
+    /// In `/usr/lib`, where tch looks by itself.
+    System,
+    Provisioned(Provisioned),
+}
+
+pub(crate) struct Wanted<'a> {
+    /// A version that the user asked for in so many words.
+    pub(crate) version: Option<&'a str>,
+    pub(crate) nccl: bool,
+}
+
+pub(crate) fn find(root: &Path, wanted: &Wanted<'_>) -> Result<Libtorch> {
+    if wanted.version.is_none() {
+        if let Some(theirs) = users_own(root)? {
+            return Ok(theirs);
+        }
+        if Path::new("/usr/lib/libtorch.so").exists() {
+            return Ok(Libtorch::System);
+        }
+    }
+    let release = match wanted.version {
+        Some(version) => Release::of_libtorch(version).with_context(|| {
+            let known: Vec<_> = RELEASES.iter().map(|release| release.libtorch).collect();
+            format!("libtorch {version} cannot be provided; known: {}", known.join(", "))
+        })?,
+        None => wanted_by_tch(root)?,
+    };
+    Ok(Libtorch::Provisioned(provision(release, wanted.nccl)?))
+}
+
+/// `cargo xtask` itself runs with what an earlier set-up recorded, so what is in the environment is the user's only
+/// where the record does not say the same, or says what the user chose then.
+fn users_own(root: &Path) -> Result<Option<Libtorch>> {
+    let recorded = record::read(root);
+    if env::var_os("LIBTORCH_USE_PYTORCH").is_some() {
+        return Ok(Some(Libtorch::Python));
+    }
+    let Some(named) = env::var_os("LIBTORCH").filter(|value| !value.is_empty()).map(PathBuf::from) else {
+        return Ok(None);
+    };
+    if recorded.as_deref() == Some(&*named) {
+        let provided = fs::read_to_string(root.join(record::FILE))?.contains(record::PROVIDED);
+        if provided || named.starts_with(cache::folder()?) || !named.is_dir() {
+            return Ok(None);
+        }
+    }
+    // torch-sys takes the libraries and headers from elsewhere where these two say so.
+    let apart = env::var_os("LIBTORCH_LIB").is_some() || env::var_os("LIBTORCH_INCLUDE").is_some();
+    if !apart && !named.join("lib").is_dir() {
+        bail!(
+            "LIBTORCH is {}, but there is no folder lib in it; unset LIBTORCH or correct it",
+            named.display()
+        );
+    }
+    Ok(Some(Libtorch::Users(named)))
+}
+
+/// The libtorch that the tch in `Cargo.lock` wants.
+fn wanted_by_tch(root: &Path) -> Result<&'static Release> {
+    let lock = fs::read_to_string(root.join("Cargo.lock")).context("cannot read Cargo.lock")?;
+    let version = resolved_tch(&lock).context("there is no tch in Cargo.lock")?;
+    Release::for_tch(version).with_context(|| format!("which libtorch tch {version} wants is not known"))
+}
+
+fn resolved_tch(lock: &str) -> Option<&str> {
+    let after = lock.split("name = \"tch\"\nversion = \"").nth(1)?;
+    after.split('"').next()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_lock_file_says_which_tch_it_is() {
+        let lock = "[[package]]\nname = \"tch\"\nversion = \"0.26.0\"\n\n[[package]]\nname = \"torch-sys\"\n";
+        assert_eq!(resolved_tch(lock), Some("0.26.0"));
+        assert_eq!(resolved_tch("[[package]]\nname = \"torch-sys\"\n"), None);
+    }
+}

@@ -1,0 +1,74 @@
+//! `.cargo/libtorch.toml`, where cargo learns which libtorch to use. `.cargo/config.toml` includes it.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+use crate::locate::Libtorch;
+
+/// Relative to the repository, and ignored by git.
+pub(crate) const FILE: &str = ".cargo/libtorch.toml";
+
+/// Stands in the record where the libtorch is one that we provided.
+pub(crate) const PROVIDED: &str = "# provided by `cargo xtask setup`";
+
+const HEAD: &str = "\
+# Written by `cargo xtask setup`, which looks for libtorch again when this file is gone.
+# Variables that you set yourself win over these.
+";
+
+/// The lines that tell cargo where libtorch is; a dependent's `.cargo/config.toml` needs the same.
+pub(crate) fn text(libtorch: &Libtorch) -> String {
+    match libtorch {
+        Libtorch::Users(folder) => format!("[env]\n{}", line("LIBTORCH", folder)),
+        Libtorch::Python => "[env]\nLIBTORCH_USE_PYTORCH = \"1\"\n".into(),
+        Libtorch::System => "# libtorch is in /usr/lib, where tch looks by itself.\n".into(),
+        Libtorch::Provisioned(it) => {
+            let nvidia =
+                it.nvidia.iter().map(|folder| line("TCH_DISTRIBUTED_NVIDIA", folder)).collect::<String>();
+            format!("[env]\n{PROVIDED}\n{}{nvidia}", line("LIBTORCH", &it.libtorch))
+        }
+    }
+}
+
+fn line(name: &str, value: &Path) -> String {
+    let value = value.display().to_string().replace('\\', "\\\\").replace('"', "\\\"");
+    format!("{name} = \"{value}\"\n")
+}
+
+/// Writes it where it is not so already. A reader sees the old file or the new one, never a part.
+pub(crate) fn write(root: &Path, libtorch: &Libtorch) -> Result<()> {
+    let (path, text) = (root.join(FILE), format!("{HEAD}{}", text(libtorch)));
+    if fs::read_to_string(&path).is_ok_and(|old| old == text) {
+        return Ok(());
+    }
+    let new = path.with_extension(format!("new-{}", std::process::id()));
+    fs::write(&new, text)
+        .and_then(|()| fs::rename(&new, &path))
+        .with_context(|| format!("cannot write {}", path.display()))
+}
+
+/// The `LIBTORCH` of the record.
+pub(crate) fn read(root: &Path) -> Option<PathBuf> {
+    let text = fs::read_to_string(root.join(FILE)).ok()?;
+    let value = text.lines().find_map(|line| line.strip_prefix("LIBTORCH = \""))?.strip_suffix('"')?;
+    Some(PathBuf::from(value.replace("\\\"", "\"").replace("\\\\", "\\")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_recorded_is_read_back() {
+        let root = tempfile::tempdir().unwrap();
+        fs::create_dir(root.path().join(".cargo")).unwrap();
+        for folder in ["/opt/libtorch", "/odd \"name\"/back\\slash"] {
+            write(root.path(), &Libtorch::Users(folder.into())).unwrap();
+            assert_eq!(read(root.path()), Some(PathBuf::from(folder)));
+        }
+        write(root.path(), &Libtorch::System).unwrap();
+        assert_eq!(read(root.path()), None);
+    }
+}

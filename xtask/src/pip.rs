@@ -94,10 +94,12 @@ impl Pip {
         bar.finish_and_clear();
         if !status.success() {
             let said = fs::read_to_string(&errors).unwrap_or_default();
+            // The rest repeats itself.
+            let said: Vec<_> = said.trim().lines().rev().take(3).collect();
+            let said: String = said.iter().rev().map(|line| format!("  {line}\n")).collect();
             return Err(anyhow!(
-                "pip could not download {}: is the network there? pip says:\n{}\n{ELSE}",
+                "pip could not download {}: is the network there? pip says:\n{said}{ELSE}",
                 wheel.requirement,
-                said.trim()
             ));
         }
         Ok(())

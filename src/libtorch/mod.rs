@@ -1,9 +1,18 @@
 //! The one room of unsafe FFI: a Rust face and C++ side by side, one pair of files a subject.
 
 mod facts;
+mod function;
+mod hooks;
+mod list;
+mod raised;
 mod store;
 mod tensor;
 
 pub(crate) use facts::{Facts, NoFacts, facts};
+pub(crate) use function::{RawFunction, apply_function, grad_enabled};
+pub(crate) use hooks::{
+    GradState, Registration, after_backward, backward, grad_state, hook_accumulated, hook_grad, in_backward,
+    set_grad,
+};
 pub(crate) use store::{C10dStore, TcpStoreOptions, panic_text};
-pub(crate) use tensor::overlaps_itself;
+pub(crate) use tensor::{overlaps_itself, same};

@@ -12,6 +12,7 @@ mod ffi {
     unsafe extern "C++" {
         /// Whether elements of the tensor share memory with one another.
         fn overlaps_itself(tensor: &Tensor) -> Result<bool>;
+        fn same(left: &Tensor, right: &Tensor) -> bool;
     }
 }
 
@@ -23,9 +24,30 @@ pub(crate) fn at(tensor: &tch::Tensor) -> &ffi::Tensor {
     unsafe { &*tensor.as_ptr().cast::<ffi::Tensor>() }
 }
 
+/// Gives a tensor away to C++, which deletes it.
+pub(super) fn disown(tensor: tch::Tensor) -> *mut AtTensor {
+    let pointer = tensor.as_ptr().cast_mut().cast();
+    std::mem::forget(tensor);
+    pointer
+}
+
+/// Takes over a tensor that C++ made with `new`; `None` for null.
+///
+/// # Safety
+/// The pointer is null, or nobody else owns what it points to.
+pub(super) unsafe fn own(pointer: *mut AtTensor) -> Option<tch::Tensor> {
+    // SAFETY: as the caller promises; tch deletes it as it deletes its own, which come from `new` too.
+    (!pointer.is_null()).then(|| unsafe { tch::Tensor::from_ptr(pointer.cast()) })
+}
+
 /// Whether elements of the tensor share memory with one another (an expanded tensor's do).
 pub(crate) fn overlaps_itself(tensor: &tch::Tensor) -> crate::Result<bool> {
     ffi::overlaps_itself(at(tensor)).map_err(|e| tch::TchError::Torch(e.what().to_owned()).into())
+}
+
+/// Whether two handles are of one tensor.
+pub(crate) fn same(left: &tch::Tensor, right: &tch::Tensor) -> bool {
+    ffi::same(at(left), at(right))
 }
 
 #[cfg(test)]

@@ -9,6 +9,8 @@ mod libtorch;
 pub mod model_parallel;
 pub mod process_group;
 pub mod store;
+pub mod testing;
 
+pub use backend::{is_backend_available, register_backend};
 pub use error::{Error, Result};
-pub use process_group::ReduceOp;
+pub use process_group::*;

@@ -45,13 +45,23 @@ pub fn is_backend_available(name: &str) -> bool {
     REGISTRY.read().contains_key(&name.to_lowercase())
 }
 
+/// libtorch's engines, which not every build has.
+const OPTIONAL: [(&str, &str); 2] = [
+    ("gloo", "this build of the crate does not contain libtorch's Gloo"),
+    (
+        "nccl",
+        "this build of the crate does not contain libtorch's NCCL: it needs CUDA and the feature `nccl`",
+    ),
+];
+
 /// The factory of a name, or an error that lists the known ones.
 pub(crate) fn factory(name: &str) -> Result<Arc<dyn BackendFactory>> {
-    REGISTRY
-        .read()
-        .get(&name.to_lowercase())
-        .cloned()
-        .ok_or_else(|| Error::UnknownBackend { name: name.to_owned(), known: known_backends() })
+    let name = name.to_lowercase();
+    let found = REGISTRY.read().get(&name).cloned();
+    found.ok_or_else(|| match OPTIONAL.iter().find(|(optional, _)| *optional == name) {
+        Some((_, reason)) => Error::BackendUnavailable { backend: name, reason: (*reason).to_owned() },
+        None => Error::UnknownBackend { name, known: known_backends() },
+    })
 }
 
 /// Every known name.

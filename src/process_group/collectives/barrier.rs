@@ -1,0 +1,100 @@
+//! Nobody leaves before everybody has come.
+
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use tch::Kind;
+
+use super::super::draft::Draft;
+use super::super::{ProcessGroup, Work};
+use crate::backend::Op;
+use crate::{Error, Result};
+
+impl ProcessGroup {
+    /// Returns when every rank has called it.
+    ///
+    /// # Errors
+    /// Failures of the group.
+    ///
+    /// ```
+    /// tch_distributed::testing::run_threads(3, |group| group.barrier().unwrap());
+    /// ```
+    #[track_caller]
+    pub fn barrier(&self) -> Result<()> {
+        self.barrier_draft()?.run()
+    }
+
+    /// [`barrier`](Self::barrier), asynchronously.
+    ///
+    /// # Errors
+    /// As there, from the [`Work`].
+    #[track_caller]
+    pub fn barrier_async(&self) -> Result<Work> {
+        self.barrier_draft()?.launch()
+    }
+
+    fn barrier_draft(&self) -> Result<Draft<'_>> {
+        self.inner.usable()?;
+        self.draft_on(Op::Barrier, Kind::Uint8, self.inner.backends.any()?)
+    }
+
+    /// A barrier that tells, on every rank, which ranks did not come within `timeout`. It goes through
+    /// the store, whatever the backend, and is for finding out, not for speed.
+    ///
+    /// With `wait_all_ranks` the error names every missing rank, without it only the first.
+    ///
+    /// # Errors
+    /// `Timeout` with the missing ranks, which poisons the group; `Store` when the store is gone.
+    ///
+    /// ```
+    /// use std::time::Duration;
+    /// tch_distributed::testing::run_threads(3, |group| {
+    ///     group.monitored_barrier(Duration::from_secs(10), true).unwrap();
+    /// });
+    /// ```
+    pub fn monitored_barrier(&self, timeout: Duration, wait_all_ranks: bool) -> Result<()> {
+        self.inner.usable()?;
+        let seq = self.inner.monitored.fetch_add(1, Ordering::Relaxed);
+        let begin = Instant::now();
+        let store = &self.inner.store;
+        let key = |what: &str| format!("tchd/monitored/{seq}/{what}");
+        store.set(&key(&self.rank().to_string()), b"here")?;
+        let verdict = key("verdict");
+        let missing = if self.rank() == 0 {
+            let mut missing = Vec::new();
+            for rank in 1..self.size() {
+                let key = key(&rank.to_string());
+                // Once the time is up a look is enough.
+                let here = match timeout.saturating_sub(begin.elapsed()) {
+                    Duration::ZERO => store.check(&[&key])?,
+                    left => store.wait(&[&key], left).is_ok(),
+                };
+                if !here {
+                    missing.push(rank);
+                    if !wait_all_ranks {
+                        break;
+                    }
+                }
+            }
+            let text = missing.iter().map(usize::to_string).collect::<Vec<_>>().join(",");
+            store.set(&verdict, format!("missing:{text}").as_bytes())?;
+            missing
+        } else {
+            // Rank 0 decides within its own timeout, which began when it came.
+            let patience = timeout.saturating_add(timeout / 4).saturating_add(Duration::from_secs(1));
+            match store.wait(&[&verdict], patience) {
+                Ok(()) => {
+                    let text = String::from_utf8_lossy(&store.get(&verdict)?).into_owned();
+                    let ranks = text.trim_start_matches("missing:").split(',');
+                    ranks.filter_map(|rank| rank.parse().ok()).collect()
+                }
+                Err(_) => vec![0],
+            }
+        };
+        if missing.is_empty() {
+            return Ok(());
+        }
+        let op = "monitored_barrier".to_owned();
+        Err(self.inner.fail(Error::Timeout { op, seq, elapsed: begin.elapsed(), missing }))
+    }
+}

@@ -1,0 +1,342 @@
+//! Groups made from groups.
+//!
+//! Names and keys are PyTorch's, so that a gloo world can be shared with Python: the default group is
+//! `0`, the n-th group made from it `n`, counted on every rank, members or not. The keys of a group lie
+//! under those of its parent, with the prefix `n/`, and those of its backends under `cpu/` or `cuda/`
+//! there. What this crate adds lies under `tchd/`.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use super::ProcessGroup;
+use super::interim_store::PrefixStore;
+use super::spec::{BackendSpec, Backends};
+use super::state::{Inner, Parts, Universe};
+use crate::backend::{BackendContext, CollectiveBackend, factory};
+use crate::store::Store;
+use crate::{Error, Result};
+
+/// What a new group has of its own; the rest it has from its parent.
+///
+/// ```
+/// use std::time::Duration;
+/// use tch_distributed::{GroupOptions, testing};
+/// testing::run_threads(3, |group| {
+///     let options = GroupOptions::new().keep_order(true).timeout(Duration::from_secs(60));
+///     if let Some(reversed) = group.new_group_with(&[2, 1, 0], options).unwrap() {
+///         assert_eq!(reversed.ranks(), [2, 1, 0]);
+///         assert_eq!(reversed.rank(), 2 - group.rank());
+///     }
+/// });
+/// ```
+#[derive(Clone, Debug, Default)]
+#[must_use]
+pub struct GroupOptions {
+    backend: Option<BackendSpec>,
+    timeout: Option<Duration>,
+    group_name: Option<String>,
+    keep_order: bool,
+}
+
+impl GroupOptions {
+    /// Everything as in the parent.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Another backend.
+    pub fn backend(mut self, backend: impl Into<BackendSpec>) -> Self {
+        self.backend = Some(backend.into());
+        self
+    }
+
+    /// How long a call may take; as in the parent unless given.
+    pub fn timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = Some(timeout);
+        self
+    }
+
+    /// A name for messages; its number in the order of creation unless given.
+    #[doc(alias = "group_desc")]
+    pub fn group_name(mut self, name: &str) -> Self {
+        self.group_name = Some(name.to_owned());
+        self
+    }
+
+    /// Whether ranks keep the order of the list instead of being sorted.
+    #[doc(alias = "sort_ranks")]
+    pub fn keep_order(mut self, keep: bool) -> Self {
+        self.keep_order = keep;
+        self
+    }
+}
+
+/// What is known of a group before its backends exist.
+pub(super) struct Formation {
+    pub(super) name: String,
+    pub(super) rank: usize,
+    /// Global ranks.
+    pub(super) ranks: Vec<usize>,
+    /// Keys of this group alone.
+    pub(super) store: Arc<dyn Store>,
+    pub(super) spec: BackendSpec,
+    pub(super) timeout: Duration,
+    pub(super) universe: Arc<Universe>,
+    pub(super) detail: bool,
+    /// Whether this is a default group, whose store may have served one before.
+    pub(super) world: bool,
+}
+
+/// Agrees with the other ranks on what the group is, and makes its backends.
+pub(super) fn form(mut formation: Formation) -> Result<ProcessGroup> {
+    let (cpu, cuda) = formation.spec.resolve()?;
+    // Before anything is waited for: a name that nobody knows is an error on the spot.
+    for name in [&cpu, &cuda].into_iter().flatten() {
+        factory(name)?;
+    }
+    if formation.world {
+        formation.store = generation(&formation)?;
+    }
+    agree(&formation)?;
+    let create = |name: Option<String>, device: &str| -> Result<Option<Arc<dyn CollectiveBackend>>> {
+        let Some(name) = name else { return Ok(None) };
+        let context = BackendContext {
+            store: Arc::new(PrefixStore::new(device, formation.store.clone())),
+            rank: formation.rank,
+            size: formation.ranks.len(),
+            ranks: formation.ranks.clone(),
+            timeout: formation.timeout,
+            group_name: formation.name.clone(),
+        };
+        factory(&name)?.create(context).map(Some)
+    };
+    let backends = Backends { cpu: create(cpu, "cpu/")?, cuda: create(cuda, "cuda/")? };
+    Ok(ProcessGroup::of(Inner::new(Parts {
+        name: formation.name,
+        rank: formation.rank,
+        ranks: formation.ranks,
+        backends,
+        spec: formation.spec,
+        store: formation.store,
+        universe: formation.universe,
+        detail: formation.detail,
+        timeout: formation.timeout,
+    })))
+}
+
+/// A store that was used before holds the keys of an earlier world: each later one gets its own. The
+/// first has PyTorch's keys.
+fn generation(formation: &Formation) -> Result<Arc<dyn Store>> {
+    let (store, rank, size) = (&formation.store, formation.rank, formation.ranks.len() as i64);
+    let generation = (store.add("tchd/joined", 1)? - 1) / size;
+    if store.add(&format!("tchd/joined/{generation}/{rank}"), 1)? > 1 {
+        return Err(Error::Rendezvous {
+            reason: format!("two processes claim rank {rank} of {size}: give each its own rank"),
+        });
+    }
+    Ok(match generation {
+        0 => store.clone(),
+        n => Arc::new(PrefixStore::new(&format!("tchd/generation/{n}"), store.clone())),
+    })
+}
+
+/// The first rank to come writes down what it takes the group to be; the others compare.
+fn agree(formation: &Formation) -> Result<()> {
+    let (cpu, cuda) = formation.spec.resolve()?;
+    let backend = [cpu, cuda].map(|name| name.unwrap_or_else(|| "-".to_owned())).join(" ");
+    let fields = [
+        ("backend", backend),
+        ("world_size", formation.ranks.len().to_string()),
+        ("ranks", format!("{:?}", formation.ranks)),
+        ("debug_detail", formation.detail.to_string()),
+    ];
+    let mine = fields.iter().map(|(_, value)| value.as_str()).collect::<Vec<_>>().join("\n");
+    let mine = format!("{mine}\n{}", formation.rank);
+    let first = formation.store.compare_set("tchd/group", b"", mine.as_bytes())?;
+    let first = String::from_utf8_lossy(&first);
+    let theirs: Vec<&str> = first.split('\n').collect();
+    let other = theirs.get(fields.len()).copied().unwrap_or("?");
+    for (i, (argument, value)) in fields.iter().enumerate() {
+        if theirs.get(i) != Some(&value.as_str()) {
+            return Err(Error::invalid(
+                argument,
+                format!(
+                    "ranks disagree about group {}: here it is {value:?}, rank {other} said {:?}",
+                    formation.name,
+                    theirs.get(i).copied().unwrap_or_default()
+                ),
+            ));
+        }
+    }
+    Ok(())
+}
+
+impl ProcessGroup {
+    /// Makes a group of some ranks of this one. Every rank of this group calls it, with the same
+    /// ranks, in the same order as other `new_group` calls; ranks outside the new group get `None`.
+    ///
+    /// `ranks` are ranks of this group. They are sorted; see [`GroupOptions::keep_order`].
+    ///
+    /// # Errors
+    /// `InvalidArgument` for an empty list, a rank given twice, or ranks that disagree about the list;
+    /// `RankOutOfRange`; failures of the group.
+    ///
+    /// ```
+    /// tch_distributed::testing::run_threads(3, |group| match group.new_group(&[0, 2]).unwrap() {
+    ///     Some(pair) => assert_eq!(pair.size(), 2),
+    ///     None => assert_eq!(group.rank(), 1),
+    /// });
+    /// ```
+    pub fn new_group(&self, ranks: &[usize]) -> Result<Option<Self>> {
+        self.new_group_with(ranks, GroupOptions::new())
+    }
+
+    /// [`new_group`](Self::new_group) with options.
+    ///
+    /// # Errors
+    /// As there; `UnknownBackend`, `BackendUnavailable`.
+    pub fn new_group_with(&self, ranks: &[usize], options: GroupOptions) -> Result<Option<Self>> {
+        self.inner.usable()?;
+        self.check_members(ranks, "ranks")?;
+        if let Some(spec) = &options.backend {
+            let (cpu, cuda) = spec.resolve()?;
+            cpu.iter().chain(&cuda).try_for_each(|name| factory(name).map(|_| ()))?;
+        }
+        let mut ranks = ranks.to_vec();
+        if !options.keep_order {
+            ranks.sort_unstable();
+        }
+        let number = self.inner.children.fetch_add(1, Ordering::Relaxed) + 1;
+        self.child(&ranks, number, &format!("{number}/"), options)
+    }
+
+    /// The group under a prefix; `None` where this rank is not in it.
+    fn child(
+        &self,
+        ranks: &[usize],
+        number: u64,
+        prefix: &str,
+        options: GroupOptions,
+    ) -> Result<Option<Self>> {
+        let Some(rank) = ranks.iter().position(|&rank| rank == self.rank()) else { return Ok(None) };
+        let inner = &self.inner;
+        let name = options.group_name.unwrap_or_else(|| {
+            // Groups of the default group are numbered as PyTorch numbers them.
+            if inner.name == "0" { number.to_string() } else { format!("{}.{number}", inner.name) }
+        });
+        form(Formation {
+            name,
+            rank,
+            ranks: ranks.iter().map(|&rank| inner.ranks[rank]).collect(),
+            store: Arc::new(PrefixStore::new(prefix, inner.store.clone())),
+            spec: options.backend.unwrap_or_else(|| inner.spec.clone()),
+            timeout: options.timeout.unwrap_or_else(|| self.timeout()),
+            universe: inner.universe.clone(),
+            detail: inner.detail,
+            world: false,
+        })
+        .map(Some)
+    }
+
+    fn check_members(&self, ranks: &[usize], argument: &'static str) -> Result<()> {
+        if ranks.is_empty() {
+            return Err(Error::invalid(argument, "a group has at least one rank, the list is empty"));
+        }
+        for (i, &rank) in ranks.iter().enumerate() {
+            self.check_rank(rank)?;
+            if ranks[..i].contains(&rank) {
+                return Err(Error::invalid(argument, format!("rank {rank} is given twice in {ranks:?}")));
+            }
+        }
+        Ok(())
+    }
+
+    /// Cuts this group into groups of `group_size` consecutive ranks. Gives this rank's group, and the
+    /// ranks (of this group) of every one.
+    ///
+    /// # Errors
+    /// `InvalidArgument` when the size is 0, greater than this group, or does not divide it.
+    ///
+    /// ```
+    /// tch_distributed::testing::run_threads(4, |group| {
+    ///     let (pair, all) = group.new_subgroups(2).unwrap();
+    ///     assert_eq!(all, [[0, 1], [2, 3]]);
+    ///     assert_eq!(pair.rank(), group.rank() % 2);
+    /// });
+    /// ```
+    pub fn new_subgroups(&self, group_size: usize) -> Result<(Self, Vec<Vec<usize>>)> {
+        let size = self.size();
+        if group_size == 0 || size % group_size != 0 {
+            return Err(Error::invalid(
+                "group_size",
+                format!("must divide the number of ranks, {size}; got {group_size}"),
+            ));
+        }
+        let all: Vec<Vec<usize>> =
+            (0..size / group_size).map(|i| (i * group_size..(i + 1) * group_size).collect()).collect();
+        let mine = self.new_subgroups_by_enumeration(&all)?;
+        let (rank, group) = (self.rank(), self.inner.name.clone());
+        Ok((mine.ok_or(Error::NotMember { rank, group })?, all))
+    }
+
+    /// Makes several disjoint groups at once and gives the one that holds this rank, `None` where none
+    /// does. Lists hold ranks of this group.
+    ///
+    /// # Errors
+    /// `InvalidArgument` when there is no list, a list is empty, or a rank is given twice;
+    /// `RankOutOfRange`.
+    ///
+    /// ```
+    /// tch_distributed::testing::run_threads(3, |group| {
+    ///     let mine = group.new_subgroups_by_enumeration(&[vec![2, 0]]).unwrap();
+    ///     assert_eq!(mine.is_some(), group.rank() != 1);
+    /// });
+    /// ```
+    pub fn new_subgroups_by_enumeration(&self, ranks_per_group: &[Vec<usize>]) -> Result<Option<Self>> {
+        self.inner.usable()?;
+        if ranks_per_group.is_empty() {
+            return Err(Error::invalid("ranks_per_group", "at least one group is expected"));
+        }
+        for ranks in ranks_per_group {
+            self.check_members(ranks, "ranks_per_group")?;
+        }
+        self.check_members(&ranks_per_group.concat(), "ranks_per_group")?;
+        let mut mine = None;
+        for ranks in ranks_per_group {
+            mine = self.new_group(ranks)?.or(mine);
+        }
+        Ok(mine)
+    }
+
+    /// Makes a group of all ranks that give the same colour, in the order of their keys (then of their
+    /// ranks). A rank without colour gets `None`. Every rank of this group calls it.
+    ///
+    /// # Errors
+    /// Failures of the group.
+    ///
+    /// ```
+    /// tch_distributed::testing::run_threads(4, |group| {
+    ///     let rank = group.rank();
+    ///     let half = group.split(Some(rank as i64 % 2), -(rank as i64)).unwrap().unwrap();
+    ///     assert_eq!(half.ranks(), [rank % 2 + 2, rank % 2]);
+    /// });
+    /// ```
+    #[doc(alias = "split_group")]
+    #[track_caller]
+    pub fn split(&self, color: Option<i64>, key: i64) -> Result<Option<Self>> {
+        let mine = [i64::from(color.is_some()), color.unwrap_or(0), key];
+        let all = self.exchange_numbers(&mine)?;
+        let number = self.inner.children.fetch_add(1, Ordering::Relaxed) + 1;
+        let Some(color) = color else { return Ok(None) };
+        let mut members: Vec<(i64, usize)> = all
+            .chunks_exact(3)
+            .enumerate()
+            .filter(|(_, theirs)| theirs[0] == 1 && theirs[1] == color)
+            .map(|(rank, theirs)| (theirs[2], rank))
+            .collect();
+        members.sort_unstable();
+        let ranks: Vec<usize> = members.into_iter().map(|(_, rank)| rank).collect();
+        self.child(&ranks, number, &format!("{number}/color/{color}"), GroupOptions::new())
+    }
+}

@@ -1,0 +1,225 @@
+//! What a group is made of, and what happens to it when something fails.
+
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use parking_lot::Mutex;
+
+use super::spec::{BackendSpec, Backends};
+use crate::store::Store;
+use crate::{Error, Result};
+
+const USABLE: u8 = 0;
+const FAILED: u8 = 1;
+const DESTROYED: u8 = 2;
+
+/// One group, shared by all its handles.
+pub(super) struct Inner {
+    pub(super) name: String,
+    pub(super) rank: usize,
+    /// The global rank of each rank.
+    pub(super) ranks: Vec<usize>,
+    pub(super) backends: Backends,
+    pub(super) spec: BackendSpec,
+    /// Keys of this group and of the groups made from it.
+    pub(super) store: Arc<dyn Store>,
+    pub(super) universe: Arc<Universe>,
+    /// Every collective is compared among all ranks before it runs.
+    pub(super) detail: bool,
+    /// How many groups were made from this one (on every rank, members or not).
+    pub(super) children: AtomicU64,
+    /// How many monitored barriers there were.
+    pub(super) monitored: AtomicU64,
+    /// How many calls were compared.
+    pub(super) compared: AtomicU64,
+    timeout: AtomicU64,
+    state: AtomicU8,
+    cause: Mutex<Option<Arc<Error>>>,
+    abort_passed_on: AtomicBool,
+}
+
+/// All groups of one rank that come from one `init_process_group`.
+#[derive(Default)]
+pub(super) struct Universe {
+    live: Mutex<Vec<Weak<Inner>>>,
+    pub(super) local_rank: usize,
+}
+
+impl Universe {
+    pub(super) fn new(local_rank: usize) -> Arc<Self> {
+        Arc::new(Self { live: Mutex::default(), local_rank })
+    }
+
+    pub(super) fn add(&self, group: &Arc<Inner>) {
+        let mut live = self.live.lock();
+        live.retain(|g| g.strong_count() > 0);
+        live.push(Arc::downgrade(group));
+    }
+
+    /// The groups that still exist, in the order they were made.
+    pub(super) fn groups(&self) -> Vec<Arc<Inner>> {
+        self.live.lock().iter().filter_map(Weak::upgrade).collect()
+    }
+}
+
+/// The parts of a new group.
+pub(super) struct Parts {
+    pub(super) name: String,
+    pub(super) rank: usize,
+    pub(super) ranks: Vec<usize>,
+    pub(super) backends: Backends,
+    pub(super) spec: BackendSpec,
+    pub(super) store: Arc<dyn Store>,
+    pub(super) universe: Arc<Universe>,
+    pub(super) detail: bool,
+    pub(super) timeout: Duration,
+}
+
+impl Inner {
+    pub(super) fn new(parts: Parts) -> Arc<Self> {
+        let inner = Arc::new(Self {
+            name: parts.name,
+            rank: parts.rank,
+            ranks: parts.ranks,
+            backends: parts.backends,
+            spec: parts.spec,
+            store: parts.store,
+            universe: parts.universe,
+            detail: parts.detail,
+            children: AtomicU64::new(0),
+            monitored: AtomicU64::new(0),
+            compared: AtomicU64::new(0),
+            timeout: AtomicU64::new(nanoseconds(parts.timeout)),
+            state: AtomicU8::new(USABLE),
+            cause: Mutex::new(None),
+            abort_passed_on: AtomicBool::new(false),
+        });
+        inner.universe.add(&inner);
+        inner
+    }
+
+    pub(super) fn timeout(&self) -> Duration {
+        Duration::from_nanos(self.timeout.load(Ordering::Relaxed))
+    }
+
+    pub(super) fn set_timeout(&self, timeout: Duration) {
+        self.timeout.store(nanoseconds(timeout), Ordering::Relaxed);
+    }
+
+    /// Ok while the group neither failed nor was destroyed.
+    #[inline]
+    pub(super) fn usable(&self) -> Result<()> {
+        match self.state.load(Ordering::Relaxed) {
+            USABLE => Ok(()),
+            _ => Err(self.unusable()),
+        }
+    }
+
+    #[cold]
+    fn unusable(&self) -> Error {
+        match (self.state.load(Ordering::Acquire), self.cause()) {
+            (FAILED, Some(cause)) => Error::Poisoned { cause },
+            _ => Error::invalid("group", format!("process group {} was destroyed", self.name)),
+        }
+    }
+
+    /// The first failure.
+    pub(super) fn cause(&self) -> Option<Arc<Error>> {
+        self.cause.lock().clone()
+    }
+
+    /// Makes every later call fail with this cause, unless there is an earlier one.
+    pub(super) fn poison(&self, cause: Arc<Error>) {
+        let mut first = self.cause.lock();
+        if first.is_none() {
+            tracing::warn!(group = %self.name, rank = self.rank, %cause, "process group failed");
+            *first = Some(cause);
+            let _ = self.state.compare_exchange(USABLE, FAILED, Ordering::AcqRel, Ordering::Relaxed);
+        }
+    }
+
+    /// Records what an operation's failure means for this group and, where a peer was lost, for all
+    /// others that contain it. Takes no lock of any backend: completions call it.
+    #[cold]
+    pub(super) fn note(&self, error: &Error) {
+        let cause = match error {
+            Error::Poisoned { cause } => cause.clone(),
+            failure if failure.poisons() => Arc::new(failure.duplicate()),
+            _ => return,
+        };
+        self.poison(cause.clone());
+        if let Error::PeerLost { rank, .. } = *cause
+            && let Some(&lost) = self.ranks.get(rank)
+        {
+            for group in self.universe.groups() {
+                if let Some(rank) = group.ranks.iter().position(|&global| global == lost)
+                    && let Error::PeerLost { op, source, .. } = cause.duplicate()
+                {
+                    group.poison(Arc::new(Error::PeerLost { rank, op, source }));
+                }
+            }
+        }
+    }
+
+    /// Records a failure on the caller's thread, where backends may be called: what is pending on
+    /// groups that failed with this one ends too.
+    #[cold]
+    pub(super) fn fail(&self, error: Error) -> Error {
+        self.note(&error);
+        if matches!(error, Error::PeerLost { .. } | Error::Poisoned { .. }) || error.poisons() {
+            for group in self.universe.groups() {
+                group.pass_on();
+            }
+        }
+        error
+    }
+
+    /// Ends everything on this group, with this cause.
+    pub(super) fn abort(&self, cause: Arc<Error>) {
+        self.poison(cause);
+        self.pass_on();
+    }
+
+    fn pass_on(&self) {
+        let Some(cause) = self.cause() else { return };
+        if self.state.load(Ordering::Acquire) == FAILED && !self.abort_passed_on.swap(true, Ordering::AcqRel)
+        {
+            for backend in self.backends.all() {
+                backend.abort(&cause);
+            }
+        }
+    }
+
+    /// Leaves in good order. The first time only; a group that failed has nothing to wait for.
+    pub(super) fn destroy(&self) -> Result<()> {
+        let before = self.state.swap(DESTROYED, Ordering::AcqRel);
+        if before == DESTROYED {
+            return Ok(());
+        }
+        let mut outcome = Ok(());
+        for backend in self.backends.all() {
+            let timeout = if before == FAILED { Duration::ZERO } else { self.timeout() };
+            let ended = backend.shutdown(timeout);
+            if before == USABLE && outcome.is_ok() {
+                outcome = ended;
+            }
+        }
+        if let Err(error) = &outcome {
+            self.note(error);
+        }
+        outcome
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        // Other groups' entries go with the next group that is made; this keeps the list short when
+        // none is.
+        self.universe.live.lock().retain(|g| g.strong_count() > 0);
+    }
+}
+
+fn nanoseconds(timeout: Duration) -> u64 {
+    u64::try_from(timeout.as_nanos()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,173 @@
+//! Ranks as threads of this process.
+
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::Arc;
+use std::thread;
+
+use parking_lot::Mutex;
+
+use crate::process_group::interim_store::HashStore;
+use crate::process_group::{
+    BackendSpec, InitOptions, ProcessGroup, destroy_process_group, enter_rank_thread, init_process_group,
+};
+use crate::store::Store;
+use crate::{Error, Result};
+
+/// Runs `body` once for each of `n` ranks, each on a thread of its own, over the native backend; gives
+/// their results in rank order.
+///
+/// Each rank thread has a default group of its own, which is also what `body` gets, and its
+/// intra-op parallelism is 1. Threads that a rank spawns have no default group: move the handle.
+/// Tensors are made inside (they are not `Sync`).
+///
+/// # Panics
+/// When a rank panics: the world is aborted, so that no other rank waits for ever, and the panic of the
+/// rank that panicked first goes on here. Also when the ranks cannot meet, and when they leave having
+/// called different things.
+///
+/// ```
+/// use tch_distributed as dist;
+/// let ranks = dist::testing::run_threads(4, |group| {
+///     assert_eq!(dist::rank().unwrap(), group.rank());
+///     group.rank()
+/// });
+/// assert_eq!(ranks, [0, 1, 2, 3]);
+/// ```
+#[doc(alias = "multi_threaded_pg")]
+pub fn run_threads<T: Send, F: Fn(ProcessGroup) -> T + Send + Sync>(n: usize, body: F) -> Vec<T> {
+    run_threads_on("native", InitOptions::new(), n, body)
+}
+
+/// [`run_threads`] over another backend and with options (store, rank and world size are its own).
+///
+/// # Panics
+/// As there.
+///
+/// ```
+/// use std::time::Duration;
+/// use tch_distributed::{InitOptions, testing};
+/// let options = InitOptions::new().timeout(Duration::from_secs(20));
+/// testing::run_threads_on("native", options, 2, |group| group.barrier().unwrap());
+/// ```
+pub fn run_threads_on<T: Send, F: Fn(ProcessGroup) -> T + Send + Sync>(
+    backend: impl Into<BackendSpec>,
+    options: InitOptions,
+    n: usize,
+    body: F,
+) -> Vec<T> {
+    let world = World {
+        spec: backend.into(),
+        options,
+        store: Arc::new(HashStore::new()),
+        size: n,
+        groups: Mutex::default(),
+        panic: Mutex::default(),
+    };
+    let results: Vec<Option<T>> = thread::scope(|scope| {
+        let spawn = |rank: usize| {
+            let (world, body) = (&world, &body);
+            let thread = thread::Builder::new().name(format!("rank {rank}"));
+            thread.spawn_scoped(scope, move || world.rank(rank, body))
+        };
+        let threads: Vec<_> = (0..n).map(spawn).collect();
+        threads.into_iter().map(|thread| thread.ok().and_then(|t| t.join().ok().flatten())).collect()
+    });
+    if let Some(panic) = world.panic.into_inner() {
+        resume_unwind(panic);
+    }
+    let results: Option<Vec<T>> = results.into_iter().collect();
+    results.expect("a rank thread could not be started")
+}
+
+struct World {
+    spec: BackendSpec,
+    options: InitOptions,
+    store: Arc<HashStore>,
+    size: usize,
+    /// Groups of ranks that have met, for the abort.
+    groups: Mutex<Vec<ProcessGroup>>,
+    /// The first panic.
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
+}
+
+impl World {
+    /// One rank's life; `None` when it panicked.
+    fn rank<T>(&self, rank: usize, body: &(impl Fn(ProcessGroup) -> T + Sync)) -> Option<T> {
+        enter_rank_thread();
+        tch::set_num_threads(1);
+        let life = || {
+            let group =
+                self.meet(rank).unwrap_or_else(|e| panic!("rank {rank} could not join the world: {e}"));
+            self.groups.lock().push(group.clone());
+            if self.panic.lock().is_some() {
+                group.lose_all(rank, "another rank panicked");
+            }
+            let result = body(group);
+            match destroy_process_group() {
+                // The body may have left by itself, or an earlier failure may have been its subject.
+                Ok(()) | Err(Error::NotInitialized) => result,
+                Err(error) => panic!("rank {rank} could not leave the world: {error}"),
+            }
+        };
+        catch_unwind(AssertUnwindSafe(life)).map_err(|panic| self.fall(rank, panic)).ok()
+    }
+
+    fn meet(&self, rank: usize) -> Result<ProcessGroup> {
+        let store: Arc<dyn Store> = self.store.clone();
+        let options = self.options.clone().store(store).rank(rank).world_size(self.size);
+        init_process_group(self.spec.clone(), options)
+    }
+
+    /// A rank panicked: all others learn of it now.
+    fn fall(&self, rank: usize, panic: Box<dyn Any + Send>) {
+        let text = crate::libtorch::panic_text(&*panic);
+        self.panic.lock().get_or_insert(panic);
+        for group in self.groups.lock().iter() {
+            group.lose_all(rank, &text);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::run_threads;
+    use crate::{Error, is_initialized, rank};
+    use std::panic::catch_unwind;
+
+    #[test]
+    fn results_come_in_rank_order_and_each_rank_has_its_own_default_group() {
+        for n in [0, 1, 2, 5] {
+            let results = run_threads(n, |group| (group.rank(), rank().unwrap(), group.size()));
+            assert_eq!(results, (0..n).map(|r| (r, r, n)).collect::<Vec<_>>());
+        }
+        assert!(!is_initialized());
+    }
+
+    #[test]
+    fn a_thread_that_a_rank_spawns_has_no_default_group() {
+        run_threads(2, |group| {
+            let seen = std::thread::scope(|s| s.spawn(|| crate::rank()).join().unwrap());
+            assert!(matches!(seen, Err(Error::NotInitialized)));
+            group.barrier().unwrap();
+        });
+    }
+
+    #[test]
+    fn a_panic_of_one_rank_frees_the_others_and_is_what_the_caller_sees() {
+        let panic = catch_unwind(|| {
+            run_threads(3, |group| {
+                if group.rank() == 1 {
+                    panic!("my own words");
+                }
+                let error = group.barrier().unwrap_err();
+                assert!(matches!(
+                    error,
+                    Error::PeerLost { rank: 1, .. } | Error::Aborted | Error::Poisoned { .. }
+                ));
+            })
+        })
+        .unwrap_err();
+        assert_eq!(panic.downcast_ref::<&str>(), Some(&"my own words"));
+    }
+}

@@ -7,6 +7,7 @@ pub mod backend;
 mod error;
 mod libtorch;
 pub mod model_parallel;
+mod notice;
 pub mod process_group;
 pub mod store;
 pub mod testing;

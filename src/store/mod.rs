@@ -9,14 +9,23 @@
 //!
 //! A store of your own is one `impl Store`; `init_process_group` takes it with `InitOptions::store`.
 
+mod file;
 mod hash;
 mod prefix;
+mod tcp;
+pub(crate) mod wire;
+
+#[cfg(test)]
+mod tests;
 
 use std::sync::Arc;
 use std::time::Duration;
 
+pub use file::FileStore;
 pub use hash::HashStore;
 pub use prefix::PrefixStore;
+pub use tcp::TcpStore;
+pub(crate) use tcp::place;
 
 use crate::{Error, Result};
 

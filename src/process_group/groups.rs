@@ -10,11 +10,11 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use super::ProcessGroup;
-use super::interim_store::PrefixStore;
+
 use super::spec::{BackendSpec, Backends};
 use super::state::{Inner, Parts, Universe};
 use crate::backend::{BackendContext, CollectiveBackend, factory};
-use crate::store::Store;
+use crate::store::{PrefixStore, Store};
 use crate::{Error, Result};
 
 /// What a new group has of its own; the rest it has from its parent.
@@ -137,7 +137,7 @@ fn generation(formation: &Formation) -> Result<Arc<dyn Store>> {
     }
     Ok(match generation {
         0 => store.clone(),
-        n => Arc::new(PrefixStore::new(&format!("tchd/generation/{n}"), store.clone())),
+        n => Arc::new(PrefixStore::new(format!("tchd/generation/{n}"), store.clone())),
     })
 }
 

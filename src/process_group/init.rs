@@ -10,10 +10,10 @@ use tch::Device;
 
 use super::ProcessGroup;
 use super::groups::{Formation, form};
-use super::interim_store::{HashStore, PrefixStore};
+
 use super::spec::BackendSpec;
 use super::state::Universe;
-use crate::store::Store;
+use crate::store::{HashStore, PrefixStore, Store};
 use crate::{Error, Result};
 
 /// How long a call may take unless told otherwise.

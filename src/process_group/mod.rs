@@ -13,7 +13,6 @@ mod free;
 mod group;
 mod groups;
 mod init;
-pub(crate) mod interim_store;
 mod objects;
 mod p2p;
 mod reduce_op;

@@ -7,11 +7,10 @@ use std::thread;
 
 use parking_lot::Mutex;
 
-use crate::process_group::interim_store::HashStore;
 use crate::process_group::{
     BackendSpec, InitOptions, ProcessGroup, destroy_process_group, enter_rank_thread, init_process_group,
 };
-use crate::store::Store;
+use crate::store::{HashStore, Store};
 use crate::{Error, Result};
 
 /// Runs `body` once for each of `n` ranks, each on a thread of its own, over the native backend; gives

@@ -5,6 +5,7 @@
 pub mod autograd;
 pub mod backend;
 mod error;
+pub mod functional;
 mod libtorch;
 pub mod model_parallel;
 mod notice;

@@ -1,5 +1,11 @@
 //! Models split over ranks: a mesh of named axes, tensor and sequence parallel layers, pipelines.
 //!
-//! [`pipeline`] cuts a model into stages that work on micro-batches at the same time.
+//! A [`DeviceMesh`] says which rank plays which part. [`tensor`] splits single layers, [`pipeline`] cuts a model into
+//! stages that work on micro-batches at the same time.
 
+mod escape;
+mod mesh;
 pub mod pipeline;
+pub mod tensor;
+
+pub use mesh::DeviceMesh;

@@ -199,6 +199,17 @@ pub enum Error {
         /// Its message.
         reason: String,
     },
+    /// In a data-parallel backward, parameters got no gradient on some ranks. All ranks get this error in
+    /// the same step, and the group stays usable.
+    #[error(
+        "parameters got no gradient in this backward: {}. Let every parameter take part in the loss, or allow it \
+         with DdpOptions::find_unused_parameters(true)",
+        unused_parameters(.missing)
+    )]
+    UnusedParameters {
+        /// The ranks, and for each the names of its parameters.
+        missing: Vec<(usize, Vec<String>)>,
+    },
     /// The operating system refused something.
     #[error(transparent)]
     Io(#[from] io::Error),
@@ -216,6 +227,11 @@ fn missing_ranks(missing: &[usize]) -> String {
             many.iter().map(usize::to_string).collect::<Vec<_>>().join(", ")
         ),
     }
+}
+
+fn unused_parameters(missing: &[(usize, Vec<String>)]) -> String {
+    let of_rank = |(rank, names): &(usize, Vec<String>)| format!("{} on rank {rank}", names.join(", "));
+    missing.iter().map(of_rank).collect::<Vec<_>>().join("; ")
 }
 
 impl Error {
@@ -281,6 +297,7 @@ impl Error {
             Self::Rendezvous { reason } => Self::Rendezvous { reason: reason.clone() },
             Self::Object { reason } => Self::Object { reason: reason.clone() },
             Self::Callback { reason } => Self::Callback { reason: reason.clone() },
+            Self::UnusedParameters { missing } => Self::UnusedParameters { missing: missing.clone() },
             Self::Io(e) => Self::Io(io(e)),
             Self::Torch(e) => Self::Torch(TchError::Torch(e.to_string())),
         }

@@ -4,6 +4,7 @@
 
 pub mod autograd;
 pub mod backend;
+pub mod data_parallel;
 mod error;
 pub mod functional;
 mod libtorch;

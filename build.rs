@@ -11,7 +11,7 @@ use std::env;
 use libtorch::Libtorch;
 
 /// Each is a cxx bridge `src/libtorch/NAME.rs` beside its `NAME.cpp` and `NAME.h`.
-const BRIDGES: &[&str] = &["facts", "function", "hooks", "list", "store", "tensor"];
+const BRIDGES: &[&str] = &["facts", "function", "generator", "hooks", "list", "store", "tensor"];
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");

@@ -11,6 +11,7 @@ mod libtorch;
 pub mod model_parallel;
 mod notice;
 pub mod process_group;
+pub mod random;
 pub mod store;
 pub mod testing;
 

@@ -2,6 +2,7 @@
 
 mod facts;
 mod function;
+mod generator;
 mod hooks;
 mod list;
 mod raised;
@@ -10,9 +11,9 @@ mod tensor;
 
 pub(crate) use facts::{Facts, NoFacts, facts};
 pub(crate) use function::{RawFunction, apply_function, grad_enabled};
+pub(crate) use generator::RawGenerator;
 pub(crate) use hooks::{
-    GradState, Registration, after_backward, backward, grad_state, hook_accumulated, hook_grad, in_backward,
-    set_grad,
+    Registration, after_backward, backward, grad_state, hook_accumulated, hook_grad, in_backward, set_grad,
 };
 pub(crate) use store::{C10dStore, TcpStoreOptions, panic_text};
 pub(crate) use tensor::{overlaps_itself, same};

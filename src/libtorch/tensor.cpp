@@ -1,11 +1,18 @@
-#include "tensor.h"
+#include "tch-distributed/src/libtorch/tensor.rs.h"
 
 #include <ATen/core/Tensor.h>
 #include <ATen/MemoryOverlap.h>
 
 namespace tchd {
-bool overlaps_itself(const at::Tensor& tensor) {
-  return at::has_internal_overlap(tensor) == at::MemOverlap::Yes;
+MemOverlap overlap_at_a_glance(const at::Tensor& tensor) {
+  switch (at::has_internal_overlap(tensor)) {
+    case at::MemOverlap::No:
+      return MemOverlap::No;
+    case at::MemOverlap::Yes:
+      return MemOverlap::Yes;
+    default:
+      return MemOverlap::TooHard;
+  }
 }
 bool same(const at::Tensor& left, const at::Tensor& right) noexcept {
   return left.is_same(right);

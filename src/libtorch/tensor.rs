@@ -3,6 +3,13 @@
 #[allow(unreachable_pub, clippy::undocumented_unsafe_blocks)]
 #[cxx::bridge(namespace = "tchd")]
 mod ffi {
+    /// What libtorch says about a tensor's overlap with itself.
+    #[repr(u8)]
+    enum MemOverlap {
+        No,
+        Yes,
+        TooHard,
+    }
     #[namespace = "at"]
     unsafe extern "C++" {
         include!("tch-distributed/src/libtorch/catch.h");
@@ -10,8 +17,7 @@ mod ffi {
         type Tensor;
     }
     unsafe extern "C++" {
-        /// Whether elements of the tensor share memory with one another.
-        fn overlaps_itself(tensor: &Tensor) -> Result<bool>;
+        fn overlap_at_a_glance(tensor: &Tensor) -> Result<MemOverlap>;
         fn same(left: &Tensor, right: &Tensor) -> bool;
     }
 }
@@ -42,7 +48,52 @@ pub(super) unsafe fn own(pointer: *mut AtTensor) -> Option<tch::Tensor> {
 
 /// Whether elements of the tensor share memory with one another (an expanded tensor's do).
 pub(crate) fn overlaps_itself(tensor: &tch::Tensor) -> crate::Result<bool> {
-    ffi::overlaps_itself(at(tensor)).map_err(|e| tch::TchError::Torch(e.what().to_owned()).into())
+    let glance = ffi::overlap_at_a_glance(at(tensor)).map_err(super::raised::caught)?;
+    Ok(match glance {
+        ffi::MemOverlap::No => false,
+        ffi::MemOverlap::Yes => true,
+        _ => strides_overlap(&tensor.size(), &tensor.stride()),
+    })
+}
+
+/// Whether two different indices have the same offset. Exact for any strides.
+fn strides_overlap(size: &[i64], stride: &[i64]) -> bool {
+    if size.contains(&0) {
+        return false;
+    }
+    let mut dims: Vec<(i64, i64)> =
+        size.iter().zip(stride).filter(|(n, _)| **n > 1).map(|(&n, &s)| (s.abs(), n)).collect();
+    dims.sort_unstable();
+    if dims.first().is_some_and(|(s, _)| *s == 0) {
+        return true;
+    }
+    // Where each stride steps over all that the smaller ones reach, every index has its own offset:
+    // so it is for slices and permutations of a plain tensor.
+    let (mut reach, mut nested) = (0i64, true);
+    for (s, n) in &dims {
+        nested &= *s > reach;
+        reach = reach.saturating_add(s.saturating_mul(n - 1));
+    }
+    if nested {
+        return false;
+    }
+    // Odd strides (as_strided, unfold): write down every offset.
+    let numel = dims.iter().map(|(_, n)| *n as usize).product();
+    if numel > reach as usize + 1 {
+        return true; // more elements than places
+    }
+    let mut offsets: Vec<i64> = Vec::with_capacity(numel);
+    offsets.push(0);
+    for (s, n) in dims {
+        let known = offsets.len();
+        for i in 1..n {
+            offsets.extend_from_within(..known);
+            let from = offsets.len() - known;
+            offsets[from..].iter_mut().for_each(|o| *o += i * s);
+        }
+    }
+    offsets.sort_unstable();
+    offsets.windows(2).any(|pair| pair[0] == pair[1])
 }
 
 /// Whether two handles are of one tensor.
@@ -52,10 +103,40 @@ pub(crate) fn same(left: &tch::Tensor, right: &tch::Tensor) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashSet;
+
+    use tch::{Device, Kind, Tensor};
+
+    use super::{overlaps_itself, strides_overlap};
+
     #[test]
-    fn an_expanded_tensor_overlaps_itself() {
-        let t = tch::Tensor::zeros([3], (tch::Kind::Float, tch::Device::Cpu));
-        assert!(!super::overlaps_itself(&t).unwrap());
-        assert!(super::overlaps_itself(&t.expand([2, 3], false)).unwrap());
+    fn views_of_a_plain_tensor_do_not_overlap_themselves_and_expanded_ones_do() {
+        let t = Tensor::zeros([4, 6], (Kind::Float, Device::Cpu));
+        let no = |t: &Tensor| assert!(!overlaps_itself(t).unwrap(), "{:?} {:?}", t.size(), t.stride());
+        no(&t);
+        no(&t.transpose(0, 1));
+        no(&t.slice(1, 0, 6, 4));
+        no(&t.slice(0, 0, 4, 3).transpose(0, 1));
+        no(&t.narrow(1, 2, 0));
+        no(&t.as_strided([3, 2], [2, 3], 0));
+        let yes = |t: &Tensor| assert!(overlaps_itself(t).unwrap(), "{:?} {:?}", t.size(), t.stride());
+        yes(&t.narrow(0, 0, 1).expand([2, 6], false));
+        yes(&t.view([24]).unfold(0, 3, 1));
+        yes(&t.as_strided([4, 2], [2, 3], 0).as_strided([4, 3], [2, 3], 0));
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn overlap_is_what_writing_down_all_offsets_says(
+            dims in proptest::collection::vec((0i64..5, 0i64..12), 0..4)
+        ) {
+            let (size, stride): (Vec<_>, Vec<_>) = dims.iter().copied().unzip();
+            let mut offsets = vec![0];
+            for (n, s) in dims {
+                offsets = offsets.iter().flat_map(|o| (0..n).map(move |i| o + i * s)).collect();
+            }
+            let different: HashSet<_> = offsets.iter().collect();
+            assert_eq!(strides_overlap(&size, &stride), different.len() < offsets.len());
+        }
     }
 }

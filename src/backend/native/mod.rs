@@ -1,15 +1,128 @@
 //! The native CPU engine: threads, shared memory, TCP.
+//!
+//! Collectives are [`plan`]s that an [`executor`] runs over links; an [`engine`] a group keeps calls in
+//! order and failures in one place; one [`progress`] thread drives what no caller drives. The README
+//! beside this file describes frames, handshake and states.
 
+mod cause;
+mod control;
+mod diagnosis;
+mod engine;
+mod executor;
 pub(crate) mod kernels;
+mod ledger;
+mod link;
+mod meet;
+mod memory;
+mod p2p;
+mod plan;
+mod progress;
+mod stamp;
+mod threads;
 pub(crate) mod transport;
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use super::{BackendContext, CollectiveBackend};
+use tch::Kind;
+
+use self::control::Control;
+use self::engine::Engine;
+use self::kernels::Reducer;
+use self::meet::Meeting;
+use self::plan::Tuning;
+use super::{BackendContext, Call, CollectiveBackend, Completion, Op, Transfer};
 use crate::{Error, Result};
 
 /// Makes the native backend for a group: threads of one process, processes of one host, or hosts,
 /// whichever the ranks turn out to be. An outside backend can wrap what it returns.
+///
+/// `TCH_DISTRIBUTED_TRANSPORT` = `threads`, `shm` or `tcp` forces one; all ranks have to agree.
+///
+/// # Errors
+/// `Timeout` naming the ranks that did not come, `Rendezvous` where they differ in version or settings.
 pub fn create(context: BackendContext) -> Result<Arc<dyn CollectiveBackend>> {
-    Err(Error::BackendUnavailable { backend: "native".to_owned(), reason: context.group_name })
+    let meeting = Meeting::new(&context);
+    let forced = std::env::var("TCH_DISTRIBUTED_TRANSPORT").ok().filter(|s| !s.is_empty());
+    let all = meeting.hello(forced.clone(), Tuning::THREADS.digest() ^ Tuning::SOCKETS.digest())?;
+    let one_process = all.iter().all(|h| h.process == all[0].process);
+    match forced.as_deref() {
+        None if one_process => threads(&context, &meeting, all[0].token),
+        Some("threads") if one_process => threads(&context, &meeting, all[0].token),
+        Some("threads") => Err(unavailable("TCH_DISTRIBUTED_TRANSPORT=threads, but ranks are processes")),
+        Some(other) => Err(unavailable(&format!(
+            "TCH_DISTRIBUTED_TRANSPORT={other:?}: known are threads, shm and tcp"
+        ))),
+        None => Err(unavailable("ranks are processes")),
+    }
+}
+
+fn unavailable(reason: &str) -> Error {
+    Error::BackendUnavailable { backend: "native".to_owned(), reason: reason.to_owned() }
+}
+
+/// Ranks as threads of this process.
+fn threads(
+    context: &BackendContext,
+    meeting: &Meeting,
+    token: u128,
+) -> Result<Arc<dyn CollectiveBackend>> {
+    let room = threads::Room::of(token, context.size);
+    let seat = Arc::new(threads::Seat::new(room.clone(), context.rank));
+    if !room.join(meeting.deadline().min(Instant::now() + threads::JOIN_GRACE)) {
+        return Err(meeting.failed("ranks said hello, but did not come into the group's room"));
+    }
+    let transport = Arc::new(threads::Threads::new(seat.clone()));
+    let ledger = seat.ledger();
+    let engine = Engine::new(context.rank, context.size, transport, seat as Arc<dyn Control>, ledger);
+    Ok(Arc::new(Native { engine }))
+}
+
+/// The backend of one rank in one group.
+#[derive(Debug)]
+struct Native {
+    engine: Arc<Engine>,
+}
+
+impl CollectiveBackend for Native {
+    fn name(&self) -> &str {
+        "native"
+    }
+
+    fn supports(&self, op: &Op, kind: Kind) -> Result<(), String> {
+        match op.reduce_op() {
+            Some(reduce) => Reducer::new(reduce, kind, 1).map(|_| ()),
+            None => Ok(()),
+        }
+    }
+
+    fn submit(&self, call: Call<'static>, done: Completion) {
+        self.engine.submit(call, done);
+    }
+
+    fn run(&self, call: Call<'_>) -> Result<()> {
+        self.engine.run(call)
+    }
+
+    fn transfer(&self, transfers: Vec<Transfer>) {
+        self.engine.transfer(transfers);
+    }
+
+    fn failure(&self) -> Option<Arc<Error>> {
+        self.engine.failure()
+    }
+
+    fn abort(&self, cause: &Arc<Error>) {
+        self.engine.abort(cause);
+    }
+
+    fn shutdown(&self, timeout: Duration) -> Result<()> {
+        self.engine.shutdown(timeout)
+    }
+}
+
+impl Drop for Native {
+    fn drop(&mut self) {
+        self.engine.drop_backend();
+    }
 }

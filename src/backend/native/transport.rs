@@ -4,6 +4,8 @@
 //! thread that made a blocking call or by the progress engine. The engine numbers calls, keeps them
 //! in order, watches deadlines and failures; a transport only moves.
 
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::time::Instant;
 
 use crate::Result;
@@ -36,6 +38,10 @@ pub(crate) trait Run: Send {
 }
 
 /// What connects the ranks of one group.
+///
+/// Errors of `start`, `run_inline` and [`Run::advance`] are first findings: of `Desync` the rank and
+/// what it called, of `PeerLost` the rank; `Timeout` just by its name. The engine asks the other ranks
+/// how far they are before it decides what the failure is.
 pub(crate) trait Transport: Send + Sync {
     /// Begins a collective. The stamp is this rank's; what arrives is compared with it.
     fn start<'a>(&self, call: Call<'a>, stamp: Stamp) -> Result<Box<dyn Run + 'a>>;
@@ -51,4 +57,27 @@ pub(crate) trait Transport: Send + Sync {
 
     /// Ends a `park`, from any thread.
     fn interrupt(&self);
+
+    /// The group has failed: a `run_inline` in progress returns [`Error::Aborted`](crate::Error) soon,
+    /// and the engine puts the cause in its place. Called once, from any thread.
+    fn fail(&self) {
+        self.interrupt();
+    }
+
+    /// Adds the descriptors that become ready when an idle run may move, for the progress engine to
+    /// sleep on; false where there are none (it then naps).
+    fn watch(&self, _set: &mut Vec<Watch>) -> bool {
+        false
+    }
+}
+
+/// A descriptor to sleep on.
+#[derive(Clone, Debug)]
+pub(crate) struct Watch {
+    /// The descriptor.
+    pub(crate) fd: Arc<OwnedFd>,
+    /// Wait until it can be written as well.
+    pub(crate) write: bool,
+    /// Wait until there is something to read.
+    pub(crate) read: bool,
 }

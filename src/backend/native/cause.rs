@@ -1,0 +1,159 @@
+//! Why a group failed, as one rank tells the others; each makes its own error of it.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::stamp;
+use super::transport::Stamp;
+use crate::Error;
+
+/// The first failure of a group.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) enum Cause {
+    /// Ranks called different things at one number: what each called (`None`: nothing yet).
+    Desync {
+        /// The number.
+        seq: u64,
+        /// The fingerprint of each rank's call.
+        calls: Vec<Option<u128>>,
+    },
+    /// Two ranks disagree about a message between them.
+    Disagree {
+        /// The operation.
+        op: String,
+        /// Its number.
+        seq: u64,
+        /// The rank that found out, and what it called.
+        by: (usize, String),
+        /// The rank it disagrees with, and what that one called.
+        with: (usize, String),
+    },
+    /// An operation did not end in time.
+    Timeout {
+        /// The operation.
+        op: String,
+        /// Its number.
+        seq: u64,
+        /// How long it was waited for.
+        elapsed: Duration,
+        /// The ranks that had not come.
+        missing: Vec<usize>,
+    },
+    /// A rank went away.
+    Lost {
+        /// The rank.
+        rank: usize,
+        /// The system's words, or those it left.
+        words: String,
+    },
+    /// Somebody called `abort`.
+    Aborted,
+}
+
+impl Cause {
+    /// What `rank` tells the others about an error that it found itself.
+    pub(crate) fn of(error: &Error, rank: usize) -> Self {
+        match error {
+            Error::Aborted => Self::Aborted,
+            Error::Timeout { op, seq, elapsed, missing } => {
+                Self::Timeout { op: op.clone(), seq: *seq, elapsed: *elapsed, missing: missing.clone() }
+            }
+            Error::Desync { op, seq, rank: other, theirs, ours } => Self::Disagree {
+                op: op.clone(),
+                seq: *seq,
+                by: (rank, ours.clone()),
+                with: (*other, theirs.clone()),
+            },
+            Error::PeerLost { rank, source, .. } => Self::Lost {
+                rank: *rank,
+                words: source.as_ref().map(ToString::to_string).unwrap_or_default(),
+            },
+            Error::Poisoned { cause } => Self::of(cause, rank),
+            other => Self::Lost { rank, words: other.to_string() },
+        }
+    }
+
+    /// The error that `rank` sees, whose call with this stamp (if any) it ended.
+    pub(crate) fn error(&self, rank: usize, ours: Option<Stamp>) -> Error {
+        match self {
+            Self::Desync { seq, calls } => desync(*seq, calls, rank),
+            Self::Disagree { op, seq, by, with } => {
+                let (theirs, ours) = if with.0 == rank { (by, &with.1) } else { (with, &by.1) };
+                Error::Desync {
+                    op: op.clone(),
+                    seq: *seq,
+                    rank: theirs.0,
+                    theirs: theirs.1.clone(),
+                    ours: ours.clone(),
+                }
+            }
+            Self::Timeout { op, seq, elapsed, missing } => {
+                Error::Timeout { op: op.clone(), seq: *seq, elapsed: *elapsed, missing: missing.clone() }
+            }
+            Self::Lost { rank, words } => Error::PeerLost {
+                rank: *rank,
+                op: ours.map_or_else(|| "no operation".to_owned(), |s| s.label()),
+                source: (!words.is_empty()).then(|| io::Error::other(words.clone())),
+            },
+            Self::Aborted => Error::Aborted,
+        }
+    }
+
+    /// The same, shared.
+    pub(crate) fn shared(&self, rank: usize, ours: Option<Stamp>) -> Arc<Error> {
+        Arc::new(self.error(rank, ours))
+    }
+}
+
+/// The verdict as `rank` sees it: the ranks that agree name the odd one; the odd one names the first
+/// of those it differs from.
+fn desync(seq: u64, calls: &[Option<u128>], rank: usize) -> Error {
+    let ours = calls.get(rank).copied().flatten();
+    let votes = |call: Option<u128>| calls.iter().filter(|&&c| c == call).count();
+    let alone = |call: Option<u128>| std::cmp::Reverse(votes(call));
+    // The one with the fewest votes that differs from us; the first of them where several do.
+    let odd = (0..calls.len()).filter(|&r| calls[r] != ours).max_by_key(|&r| {
+        let seen = calls[r].is_some();
+        (seen, alone(calls[r]), std::cmp::Reverse(r))
+    });
+    let tell = |call: Option<u128>| call.map_or_else(|| "nothing".to_owned(), stamp::words);
+    let odd = odd.unwrap_or(rank);
+    Error::Desync {
+        op: ours.or(calls.get(odd).copied().flatten()).map_or("no operation", stamp::op_name).to_owned(),
+        seq,
+        rank: odd,
+        theirs: tell(calls.get(odd).copied().flatten()),
+        ours: tell(ours),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_ranks_that_agree_name_the_odd_one() {
+        let barrier = Some(8);
+        let broadcast = Some(2 | 6 << 4 | 1 << 20 | 4 << 44);
+        let cause = Cause::Desync { seq: 9, calls: vec![barrier, broadcast, barrier] };
+        for (rank, named) in [(0, 1), (1, 0), (2, 1)] {
+            let Error::Desync { seq: 9, rank: odd, theirs, ours, .. } = cause.error(rank, None) else {
+                panic!("not a desync")
+            };
+            assert_eq!(odd, named);
+            assert_ne!(theirs, ours);
+        }
+    }
+
+    #[test]
+    fn a_rank_that_called_nothing_is_named_where_all_others_agree() {
+        let cause = Cause::Desync { seq: 2, calls: vec![Some(8), None, Some(8)] };
+        let Error::Desync { rank: 1, theirs, ours, .. } = cause.error(0, None) else { panic!() };
+        assert_eq!((theirs.as_str(), ours.as_str()), ("nothing", "barrier"));
+        let Error::Desync { rank: 0, op, .. } = cause.error(1, None) else { panic!() };
+        assert_eq!(op, "barrier");
+    }
+}

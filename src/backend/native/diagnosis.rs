@@ -1,0 +1,107 @@
+//! From a first finding to the failure: asks the other ranks before it blames one.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::cause::Cause;
+use super::control::Presence;
+use super::engine::Engine;
+use super::transport::Stamp;
+use crate::Error;
+
+/// How long the rank that failed first has to say so, or others to answer.
+const GRACE: Duration = Duration::from_millis(400);
+/// How often the question is asked again.
+const AGAIN: Duration = Duration::from_millis(20);
+
+/// An investigation. Meanwhile a peer may tell the cause, which then counts.
+pub(crate) struct Diagnosis {
+    finding: Error,
+    stamp: Stamp,
+    /// The number that is asked about.
+    seq: u64,
+    entered: Instant,
+    until: Instant,
+    ask: Instant,
+}
+
+impl Diagnosis {
+    pub(crate) fn new(engine: &Engine, finding: Error, stamp: Stamp, entered: Instant) -> Self {
+        let seq = match &finding {
+            Error::Desync { seq, .. } => *seq,
+            _ => stamp.seq,
+        };
+        let now = Instant::now();
+        engine.control.ask(seq);
+        Self { finding, stamp, seq, entered, until: now + GRACE, ask: now + AGAIN }
+    }
+
+    /// The verdict, once there is one; the group has failed then.
+    pub(crate) fn advance(&mut self, engine: &Engine) -> Option<Error> {
+        if let Some(error) = engine.failed(Some(self.stamp)) {
+            return Some(error);
+        }
+        let now = Instant::now();
+        let late = now >= self.until;
+        let (cause, error) = match &self.finding {
+            Error::Desync { .. } => (self.vote(engine, late)?, None),
+            Error::Timeout { .. } => (self.missing(engine, late, now)?, None),
+            // Between threads, and where a peer said so itself, there is nothing to wait for; but the
+            // peer that is gone may have gone because of another.
+            Error::PeerLost { rank, source, .. } => {
+                if !late && engine.size > 2 {
+                    return None;
+                }
+                let words = source.as_ref().map(ToString::to_string).unwrap_or_default();
+                (Cause::Lost { rank: *rank, words }, None)
+            }
+            // A peer withdrew: it has failed and will say why.
+            Error::Aborted if !late => return None,
+            other => (Cause::of(other, engine.rank), Some(Arc::new(other.duplicate()))),
+        };
+        engine.fail(cause, error, true);
+        engine.failed(Some(self.stamp))
+    }
+
+    /// What every rank called, once all that can have answered.
+    fn vote(&mut self, engine: &Engine, late: bool) -> Option<Cause> {
+        let answers = engine.control.answers();
+        let presence = engine.control.presence();
+        let settled = (0..engine.size).all(|rank| {
+            rank == engine.rank
+                || presence[rank] != Presence::Here
+                || answers[rank].is_some_and(|a| a.entered >= self.seq)
+        });
+        if !settled && !late {
+            let now = Instant::now();
+            if now >= self.ask {
+                engine.control.ask(self.seq);
+                self.ask = now + AGAIN;
+            }
+            return None;
+        }
+        let mut calls: Vec<Option<u128>> = answers.iter().map(|a| a.and_then(|a| a.call)).collect();
+        calls[engine.rank] = engine.ledger.call(self.seq);
+        if calls.iter().all(|call| *call == calls[0]) {
+            // All agree on the call: the two disagree about a message in it.
+            return Some(Cause::of(&self.finding, engine.rank));
+        }
+        Some(Cause::Desync { seq: self.seq, calls })
+    }
+
+    /// Who has not come, once all that can have answered.
+    fn missing(&self, engine: &Engine, late: bool, now: Instant) -> Option<Cause> {
+        let answers = engine.control.answers();
+        let others = || (0..engine.size).filter(|&rank| rank != engine.rank);
+        if !late && others().any(|rank| answers[rank].is_none()) {
+            return None;
+        }
+        let missing = others().filter(|&r| answers[r].is_none_or(|a| a.entered < self.seq)).collect();
+        Some(Cause::Timeout {
+            op: super::stamp::op_name(self.stamp.fingerprint).to_owned(),
+            seq: self.seq,
+            elapsed: now.duration_since(self.entered),
+            missing,
+        })
+    }
+}

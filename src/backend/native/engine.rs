@@ -1,0 +1,698 @@
+//! One group's engine: numbers calls, keeps their order, drives them, and ends them all when one fails.
+//!
+//! # Who drives
+//! A group has one turn. A blocking call on a group that is idle takes the turn and runs on its
+//! caller's thread; any other call is queued, in the order of entry, and the progress engine takes the
+//! turn for it. What goes over the wire is the same.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+
+use super::cause::Cause;
+use super::control::{Control, Listener, Presence};
+use super::diagnosis::Diagnosis;
+use super::ledger::Ledger;
+use super::progress::{self, Task, Turn};
+use super::stamp;
+use super::transport::{Progress, Run, Stamp, Transport, Watch};
+use crate::backend::{Call, Completion, Receipt, Transfer};
+use crate::{Error, Result};
+
+/// The group has failed.
+const FAILED: u8 = 1;
+/// A peer is not there any more.
+const ABSENT: u8 = 2;
+/// This rank has shut the group down.
+const CLOSED: u8 = 4;
+
+/// The state of one group on one rank.
+pub(crate) struct Engine {
+    pub(super) rank: usize,
+    pub(super) size: usize,
+    transport: Arc<dyn Transport>,
+    pub(super) control: Arc<dyn Control>,
+    pub(super) ledger: Arc<Ledger>,
+    flags: AtomicU8,
+    queue: Mutex<Queue>,
+    /// What the progress engine runs.
+    active: Mutex<Option<Active>>,
+    failure: Mutex<Option<Failure>>,
+    /// Whether the progress engine has this group on its list.
+    enlisted: AtomicBool,
+    /// Point-to-point messages may be pending.
+    transfers: AtomicBool,
+    /// When deadlines of messages are looked at next.
+    look: Mutex<Option<Instant>>,
+    /// The backend was dropped: close when nothing is pending.
+    dropped: AtomicBool,
+    this: Weak<Self>,
+}
+
+#[derive(Default)]
+struct Queue {
+    seq: u64,
+    taken: bool,
+    pending: VecDeque<Pending>,
+}
+
+struct Pending {
+    call: Call<'static>,
+    stamp: Stamp,
+    entered: Instant,
+    done: Completion,
+}
+
+impl Pending {
+    fn deadline(&self) -> Option<Instant> {
+        self.entered.checked_add(self.call.timeout)
+    }
+}
+
+struct Active {
+    run: Option<Box<dyn Run>>,
+    stamp: Stamp,
+    entered: Instant,
+    deadline: Instant,
+    done: Completion,
+    diagnosis: Option<Diagnosis>,
+}
+
+struct Failure {
+    cause: Cause,
+    error: Arc<Error>,
+}
+
+/// A deadline so far away that nobody waits for it.
+fn far(from: Instant) -> Instant {
+    from + Duration::from_secs(60 * 60 * 24 * 365)
+}
+
+/// How often a blocked caller looks at what peers said.
+const LOOK: Duration = Duration::from_millis(200);
+/// How long a blocked caller spins, and how long it then yields, before it sleeps.
+const SPINS: u32 = 64;
+const YIELDS: u32 = 64;
+
+/// Gives the turn back, whatever happens.
+struct TurnGuard<'e>(&'e Engine);
+
+impl Drop for TurnGuard<'_> {
+    fn drop(&mut self) {
+        let mut queue = self.0.queue.lock();
+        queue.taken = false;
+        let more = !queue.pending.is_empty();
+        drop(queue);
+        if more {
+            self.0.enlist();
+        }
+    }
+}
+
+impl Engine {
+    pub(crate) fn new(
+        rank: usize,
+        size: usize,
+        transport: Arc<dyn Transport>,
+        control: Arc<dyn Control>,
+        ledger: Arc<Ledger>,
+    ) -> Arc<Self> {
+        let engine = Arc::new_cyclic(|this: &Weak<Self>| Self {
+            rank,
+            size,
+            transport,
+            control,
+            ledger,
+            flags: AtomicU8::new(0),
+            queue: Mutex::default(),
+            active: Mutex::new(None),
+            failure: Mutex::new(None),
+            enlisted: AtomicBool::new(false),
+            transfers: AtomicBool::new(false),
+            look: Mutex::new(None),
+            dropped: AtomicBool::new(false),
+            this: this.clone(),
+        });
+        let listener: Weak<dyn Listener> = engine.this.clone();
+        engine.control.attach(listener);
+        engine.changed();
+        engine
+    }
+
+    fn flag(&self, flag: u8) -> bool {
+        self.flags.load(Ordering::Acquire) & flag != 0
+    }
+
+    /// Puts this group on the progress engine's list.
+    fn enlist(&self) {
+        if self.enlisted.swap(true, Ordering::SeqCst) {
+            progress::nudge();
+            return;
+        }
+        let Some(this) = self.this.upgrade() else { return };
+        if let Err(error) = progress::enlist(this) {
+            self.enlisted.store(false, Ordering::SeqCst);
+            let error = Arc::new(Error::Io(error));
+            self.fail(Cause::of(&error, self.rank), Some(error), true);
+        }
+    }
+
+    /// Why nothing can be called: the failure, or that the group is closed.
+    fn refusal(&self) -> Option<Error> {
+        if self.flag(FAILED) {
+            let failure = self.failure.lock();
+            return failure.as_ref().map(|f| Error::Poisoned { cause: f.error.clone() });
+        }
+        self.flag(CLOSED).then_some(Error::Aborted)
+    }
+
+    fn number(&self, queue: &mut Queue, call: &Call<'_>) -> Stamp {
+        queue.seq += 1;
+        let stamp = Stamp { seq: queue.seq, fingerprint: stamp::fingerprint(call) };
+        self.ledger.enter(stamp);
+        stamp
+    }
+
+    /// Runs a call on this thread if the group is idle; else queues it and waits.
+    pub(crate) fn run(&self, call: Call<'_>) -> Result<()> {
+        let mut queue = self.queue.lock();
+        if self.flag(FAILED | CLOSED) {
+            drop(queue);
+            return Err(self.refusal().unwrap_or(Error::Aborted));
+        }
+        let entered = Instant::now();
+        let stamp = self.number(&mut queue, &call);
+        if !queue.taken && queue.pending.is_empty() {
+            queue.taken = true;
+            drop(queue);
+            let _turn = TurnGuard(self);
+            return self.run_here(call, stamp, entered);
+        }
+        let (done, ticket) = Completion::new(None);
+        queue.pending.push_back(Pending { call: call.into_owned(), stamp, entered, done });
+        drop(queue);
+        self.enlist();
+        ticket.wait_until(None).unwrap_or(Err(Error::Aborted)).map(|_| ())
+    }
+
+    /// Queues a call for the progress engine.
+    pub(crate) fn submit(&self, call: Call<'static>, done: Completion) {
+        let mut queue = self.queue.lock();
+        if self.flag(FAILED | CLOSED) {
+            drop(queue);
+            return done.complete(Err(self.refusal().unwrap_or(Error::Aborted)));
+        }
+        let stamp = self.number(&mut queue, &call);
+        queue.pending.push_back(Pending { call, stamp, entered: Instant::now(), done });
+        drop(queue);
+        self.enlist();
+    }
+
+    fn run_here(&self, call: Call<'_>, stamp: Stamp, entered: Instant) -> Result<()> {
+        let deadline = entered.checked_add(call.timeout).unwrap_or_else(|| far(entered));
+        let result = self.drive_here(call, stamp, deadline);
+        match result {
+            Ok(()) => {
+                self.ledger.complete(stamp.seq);
+                Ok(())
+            }
+            Err(error) => {
+                let mut diagnosis = Diagnosis::new(self, error, stamp, entered);
+                loop {
+                    if let Some(error) = diagnosis.advance(self) {
+                        return Err(error);
+                    }
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+            }
+        }
+    }
+
+    fn drive_here(&self, call: Call<'_>, stamp: Stamp, deadline: Instant) -> Result<()> {
+        if self.flag(ABSENT)
+            && let Some(error) = self.absent(stamp.seq)
+        {
+            return Err(error);
+        }
+        let Some(call) = self.transport.run_inline(call, stamp, deadline)? else { return Ok(()) };
+        let mut run = self.transport.start(call, stamp)?;
+        let mut idle = 0;
+        loop {
+            match run.advance()? {
+                Progress::Done => return Ok(()),
+                Progress::Moved => idle = 0,
+                Progress::Idle => {
+                    if self.flag(FAILED) {
+                        return Err(Error::Aborted);
+                    }
+                    if self.flag(ABSENT)
+                        && let Some(error) = self.absent(stamp.seq)
+                    {
+                        // It may have sent what was still needed just before it went.
+                        return match run.advance()? {
+                            Progress::Done => Ok(()),
+                            Progress::Moved => continue,
+                            Progress::Idle => Err(error),
+                        };
+                    }
+                    idle += 1;
+                    if idle < SPINS {
+                        std::hint::spin_loop();
+                    } else if idle < SPINS + YIELDS {
+                        std::thread::yield_now();
+                    } else {
+                        let now = Instant::now();
+                        if now >= deadline {
+                            return Err(timed_out(stamp, now - deadline));
+                        }
+                        self.transport.park(deadline.min(now + LOOK));
+                    }
+                }
+            }
+        }
+    }
+
+    /// The first finding about a peer that is not there for call `seq`, if there is one.
+    pub(super) fn absent(&self, seq: u64) -> Option<Error> {
+        self.control.presence().into_iter().enumerate().find_map(|(rank, presence)| match presence {
+            Presence::Here => None,
+            Presence::Left(calls) => (calls < seq).then(|| Error::Desync {
+                op: String::new(),
+                seq,
+                rank,
+                theirs: format!("nothing (it left after {calls} calls)"),
+                ours: self.ledger.call(seq).map(stamp::words).unwrap_or_default(),
+            }),
+            Presence::Closed(completed) => {
+                (completed < seq).then(|| lost(rank, "it closed the group without a shutdown"))
+            }
+            Presence::Lost(words) => Some(lost(rank, &words)),
+        })
+    }
+
+    /// Starts point-to-point messages.
+    pub(crate) fn transfer(&self, transfers: Vec<Transfer>) {
+        if let Some(error) = self.refusal() {
+            for transfer in transfers {
+                transfer.done.complete(Err(error.duplicate()));
+            }
+            return;
+        }
+        self.control.transfer(transfers);
+        if let Some(failure) = &*self.failure.lock() {
+            // It came in between.
+            self.control.fail_transfers(&failure.error);
+            return;
+        }
+        if self.control.pending() > 0 {
+            self.transfers.store(true, Ordering::SeqCst);
+            *self.look.lock() = None;
+            self.changed();
+            self.enlist();
+        }
+    }
+
+    /// The group has failed: the first cause ends everything that is pending.
+    pub(super) fn fail(&self, cause: Cause, error: Option<Arc<Error>>, tell: bool) -> bool {
+        let error = error.unwrap_or_else(|| cause.shared(self.rank, None));
+        {
+            let mut failure = self.failure.lock();
+            if failure.is_some() {
+                return false;
+            }
+            *failure = Some(Failure { cause: cause.clone(), error: error.clone() });
+            self.flags.fetch_or(FAILED, Ordering::SeqCst);
+        }
+        tracing::warn!(rank = self.rank, %error, "process group failed");
+        if tell {
+            self.control.tell(&cause);
+        }
+        self.transport.fail();
+        let pending = std::mem::take(&mut self.queue.lock().pending);
+        for pending in pending {
+            let error = self.failed(Some(pending.stamp)).unwrap_or(Error::Aborted);
+            pending.done.complete(Err(error));
+        }
+        self.control.fail_transfers(&error);
+        progress::nudge();
+        true
+    }
+
+    /// The failure as the call of this stamp sees it.
+    pub(super) fn failed(&self, stamp: Option<Stamp>) -> Option<Error> {
+        let failure = self.failure.lock();
+        failure.as_ref().map(|f| match &f.cause {
+            Cause::Lost { .. } if matches!(*f.error, Error::PeerLost { .. }) => f.cause.error(self.rank, stamp),
+            _ => f.error.duplicate(),
+        })
+    }
+
+    pub(crate) fn failure(&self) -> Option<Arc<Error>> {
+        self.failure.lock().as_ref().map(|f| f.error.clone())
+    }
+
+    pub(crate) fn abort(&self, cause: &Arc<Error>) {
+        self.fail(Cause::of(cause, self.rank), Some(cause.clone()), true);
+    }
+
+    /// See [`CollectiveBackend::shutdown`](crate::backend::CollectiveBackend::shutdown).
+    pub(crate) fn shutdown(&self, timeout: Duration) -> Result<()> {
+        let entered = Instant::now();
+        let deadline = entered.checked_add(timeout).unwrap_or_else(|| far(entered));
+        let result = self.leave(entered, deadline);
+        self.flags.fetch_or(CLOSED, Ordering::SeqCst);
+        self.control.close(self.ledger.completed());
+        result
+    }
+
+    fn leave(&self, entered: Instant, deadline: Instant) -> Result<()> {
+        if self.flag(FAILED | CLOSED) {
+            return Ok(());
+        }
+        let label = |seq| Stamp { seq, fingerprint: self.ledger.call(seq).unwrap_or(stamp::UNKNOWN) };
+        let mut nap = Duration::from_micros(20);
+        let mut rest = |engine: &Self| {
+            std::thread::sleep(nap);
+            nap = (nap * 2).min(Duration::from_millis(2));
+            Instant::now() >= deadline || engine.flag(FAILED)
+        };
+        // First what is pending.
+        let calls = loop {
+            {
+                let queue = self.queue.lock();
+                if !queue.taken && queue.pending.is_empty() && self.control.pending() == 0 {
+                    self.flags.fetch_or(CLOSED, Ordering::SeqCst);
+                    break queue.seq;
+                }
+            }
+            if rest(self) {
+                return Err(self.conclude(timed_out(label(self.ledger.entered()), timeout_of(entered)), entered));
+            }
+        };
+        self.control.leave(calls);
+        // Then the others.
+        let finding = loop {
+            let presence = self.control.presence();
+            let absent = presence.iter().enumerate().find_map(|(rank, p)| match p {
+                Presence::Left(theirs) if *theirs != calls => Some(Error::Desync {
+                    op: String::new(),
+                    seq: calls.min(*theirs) + 1,
+                    rank,
+                    theirs: String::new(),
+                    ours: String::new(),
+                }),
+                Presence::Closed(theirs) if *theirs < calls => {
+                    Some(lost(rank, "it closed the group without a shutdown"))
+                }
+                Presence::Lost(words) => Some(lost(rank, words)),
+                _ => None,
+            });
+            if let Some(error) = absent {
+                break error;
+            }
+            let here = |(rank, p): (usize, &Presence)| rank != self.rank && *p == Presence::Here;
+            if !presence.iter().enumerate().any(here) {
+                return Ok(());
+            }
+            if rest(self) {
+                if self.flag(FAILED) {
+                    break Error::Aborted;
+                }
+                let missing: Vec<usize> =
+                    (0..self.size).filter(|&r| here((r, &presence[r]))).collect();
+                let error = Arc::new(Error::Timeout {
+                    op: "shutdown".to_owned(),
+                    seq: calls,
+                    elapsed: timeout_of(entered),
+                    missing,
+                });
+                self.fail(Cause::of(&error, self.rank), Some(error.clone()), true);
+                return Err(error.duplicate());
+            }
+        };
+        Err(self.conclude(finding, entered))
+    }
+
+    /// What a finding during shutdown turns out to be.
+    fn conclude(&self, finding: Error, entered: Instant) -> Error {
+        let seq = match &finding {
+            Error::Desync { seq, .. } | Error::Timeout { seq, .. } => *seq,
+            _ => self.ledger.entered(),
+        };
+        let stamp = Stamp { seq, fingerprint: self.ledger.call(seq).unwrap_or(stamp::UNKNOWN) };
+        let mut diagnosis = Diagnosis::new(self, finding, stamp, entered);
+        loop {
+            if let Some(error) = diagnosis.advance(self) {
+                return error;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// The backend was dropped: peers are told once what is pending has ended.
+    pub(crate) fn drop_backend(&self) {
+        self.dropped.store(true, Ordering::SeqCst);
+        let idle = {
+            let queue = self.queue.lock();
+            !queue.taken && queue.pending.is_empty()
+        };
+        if (idle && self.control.pending() == 0) || self.flag(FAILED) {
+            self.close();
+        } else {
+            self.enlist();
+        }
+    }
+
+    fn close(&self) {
+        if self.flags.fetch_or(CLOSED, Ordering::SeqCst) & CLOSED == 0 {
+            self.control.close(self.ledger.completed());
+        }
+    }
+}
+
+fn timeout_of(entered: Instant) -> Duration {
+    Instant::now().duration_since(entered)
+}
+
+fn lost(rank: usize, words: &str) -> Error {
+    Error::PeerLost { rank, op: String::new(), source: Some(std::io::Error::other(words.to_owned())) }
+}
+
+/// The first finding of a deadline that has passed.
+fn timed_out(stamp: Stamp, elapsed: Duration) -> Error {
+    Error::Timeout {
+        op: stamp::op_name(stamp.fingerprint).to_owned(),
+        seq: stamp.seq,
+        elapsed,
+        missing: Vec::new(),
+    }
+}
+
+impl Listener for Engine {
+    fn poisoned(&self, cause: &Cause) {
+        self.fail(cause.clone(), None, false);
+    }
+
+    fn changed(&self) {
+        let presence = self.control.presence();
+        if presence.iter().any(|p| *p != Presence::Here) {
+            self.flags.fetch_or(ABSENT, Ordering::SeqCst);
+            if self.transfers.load(Ordering::SeqCst) {
+                *self.look.lock() = None;
+            }
+        }
+        self.transport.interrupt();
+        progress::nudge();
+    }
+}
+
+/// How many steps a run may take in one turn before other groups have theirs.
+const STEPS: usize = 32;
+
+impl Task for Engine {
+    fn advance(&self, _ready: bool) -> Turn {
+        let mut moved = false;
+        let mut until = None::<Instant>;
+        let mut active = self.active.lock();
+        for _ in 0..STEPS {
+            if active.is_none() {
+                *active = self.next_active();
+            }
+            let Some(current) = active.as_mut() else { break };
+            match self.step(current) {
+                None => moved = true,
+                Some(Step::Wait(when)) => {
+                    until = Some(when);
+                    break;
+                }
+                Some(Step::Ended(result)) => {
+                    moved = true;
+                    if let Some(Active { done, run, stamp, .. }) = active.take() {
+                        drop(run);
+                        if result.is_ok() {
+                            self.ledger.complete(stamp.seq);
+                        }
+                        self.queue.lock().taken = false;
+                        done.complete(result.map(|()| Receipt::default()));
+                    }
+                }
+            }
+        }
+        let idle = active.is_none();
+        drop(active);
+        if moved {
+            return Turn::Moved;
+        }
+        let now = Instant::now();
+        until = [until, self.watch_pending(now), self.watch_transfers(now)].into_iter().flatten().min();
+        if idle && until.is_none() {
+            self.enlisted.store(false, Ordering::SeqCst);
+            // Whoever came before the flag was down relied on this turn.
+            let queue = self.queue.lock();
+            let more = !queue.pending.is_empty() || self.transfers.load(Ordering::SeqCst);
+            if !more || self.enlisted.swap(true, Ordering::SeqCst) {
+                let close = !more && !queue.taken && self.dropped.load(Ordering::SeqCst);
+                drop(queue);
+                if close {
+                    self.close();
+                }
+                return Turn::Ended;
+            }
+            return Turn::Moved;
+        }
+        Turn::Idle(until)
+    }
+
+    fn watch(&self, set: &mut Vec<Watch>) -> bool {
+        self.active.lock().is_none() || self.transport.watch(set)
+    }
+}
+
+enum Step {
+    /// Nothing moved; look again then.
+    Wait(Instant),
+    /// The call has ended.
+    Ended(Result<()>),
+}
+
+impl Engine {
+    /// Takes the turn for the first call in the queue, if it is free.
+    fn next_active(&self) -> Option<Active> {
+        let mut queue = self.queue.lock();
+        if queue.taken || self.flag(FAILED) {
+            return None;
+        }
+        let Pending { call, stamp, entered, done } = queue.pending.pop_front()?;
+        queue.taken = true;
+        drop(queue);
+        let deadline = entered.checked_add(call.timeout).unwrap_or_else(|| far(entered));
+        let absent = if self.flag(ABSENT) { self.absent(stamp.seq) } else { None };
+        let started = match absent {
+            Some(error) => Err(error),
+            None => self.transport.start(call, stamp),
+        };
+        let (run, diagnosis) = match started {
+            Ok(run) => (Some(run), None),
+            Err(error) => (None, Some(Diagnosis::new(self, error, stamp, entered))),
+        };
+        Some(Active { run, stamp, entered, deadline, done, diagnosis })
+    }
+
+    /// Moves the active call on; `None` when something moved.
+    fn step(&self, active: &mut Active) -> Option<Step> {
+        let error = match (&mut active.run, &mut active.diagnosis) {
+            (_, Some(diagnosis)) => {
+                return Some(match diagnosis.advance(self) {
+                    Some(error) => Step::Ended(Err(error)),
+                    None => Step::Wait(Instant::now() + Duration::from_millis(1)),
+                });
+            }
+            (Some(run), None) => match run.advance() {
+                Ok(Progress::Done) => return Some(Step::Ended(Ok(()))),
+                Ok(Progress::Moved) => return None,
+                Ok(Progress::Idle) => {
+                    let now = Instant::now();
+                    if self.flag(FAILED) {
+                        Error::Aborted
+                    } else if let Some(error) =
+                        self.flag(ABSENT).then(|| self.absent(active.stamp.seq)).flatten()
+                    {
+                        match run.advance() {
+                            Ok(Progress::Done) => return Some(Step::Ended(Ok(()))),
+                            Ok(Progress::Moved) => return None,
+                            Ok(Progress::Idle) => error,
+                            Err(error) => error,
+                        }
+                    } else if now >= active.deadline {
+                        timed_out(active.stamp, now.duration_since(active.entered))
+                    } else {
+                        return Some(Step::Wait(active.deadline));
+                    }
+                }
+                Err(error) => error,
+            },
+            (None, None) => Error::Aborted,
+        };
+        // The buffers are left alone from here on.
+        active.run = None;
+        active.diagnosis = Some(Diagnosis::new(self, error, active.stamp, active.entered));
+        None
+    }
+
+    /// Looks at the deadlines of queued calls: the earliest that is still to come.
+    fn watch_pending(&self, now: Instant) -> Option<Instant> {
+        let (first, overdue) = {
+            let queue = self.queue.lock();
+            let first = queue.pending.iter().filter_map(Pending::deadline).min()?;
+            let overdue = queue.pending.iter().find(|p| p.deadline().is_some_and(|d| d <= now));
+            (first, overdue.map(|p| (p.stamp, p.entered)))
+        };
+        if let Some((stamp, entered)) = overdue {
+            // What it waits for is the call in front of it.
+            let error = Arc::new(timed_out(stamp, now.duration_since(entered)));
+            self.fail(Cause::of(&error, self.rank), Some(error), true);
+        }
+        Some(first)
+    }
+
+    /// Looks at pending messages: whether their time is up or their peer is gone.
+    fn watch_transfers(&self, now: Instant) -> Option<Instant> {
+        if !self.transfers.load(Ordering::SeqCst) {
+            return None;
+        }
+        let mut look = self.look.lock();
+        if let Some(when) = *look
+            && now < when
+        {
+            return Some(when);
+        }
+        self.transfers.store(false, Ordering::SeqCst);
+        if self.control.pending() == 0 {
+            *look = None;
+            return None;
+        }
+        self.transfers.store(true, Ordering::SeqCst);
+        let next = self.control.deadline().unwrap_or_else(|| far(now)).min(now + LOOK);
+        *look = Some(next);
+        drop(look);
+        if let Some(overdue) = self.control.overdue(now) {
+            let error = Arc::new(Error::Timeout {
+                op: overdue.what,
+                seq: self.ledger.entered(),
+                elapsed: overdue.elapsed,
+                missing: overdue.peer.into_iter().collect(),
+            });
+            self.fail(Cause::of(&error, self.rank), Some(error), true);
+        }
+        Some(next.max(now + Duration::from_millis(1)))
+    }
+}
+
+impl std::fmt::Debug for Engine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Engine(rank {} of {})", self.rank, self.size)
+    }
+}

@@ -1,0 +1,145 @@
+//! How the ranks of a new group find one another: what each says of itself through the store.
+
+use std::collections::hash_map::RandomState;
+use std::hash::{BuildHasher, Hasher};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use once_cell::sync::Lazy;
+use serde::{Deserialize, Serialize};
+
+use crate::backend::BackendContext;
+use crate::store::Store;
+use crate::{Error, Result};
+
+/// The version of everything ranks say to one another.
+pub(super) const VERSION: u32 = 1;
+
+/// A number of this process's own.
+static PROCESS: Lazy<u128> = Lazy::new(random);
+
+/// What a rank says of itself, at key `native/hello/RANK`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct Hello {
+    pub(super) version: u32,
+    /// The process it is in.
+    pub(super) process: u128,
+    /// The host it is on, as far as shared memory and unix sockets are concerned.
+    pub(super) host: String,
+    /// A secret of the group: rank 0's counts. Who does not know it is turned away.
+    pub(super) token: u128,
+    /// The transport forced by its environment.
+    pub(super) forced: Option<String>,
+    /// Its tuning, in short.
+    pub(super) tuning: u64,
+}
+
+/// 128 bits that nobody guesses (the standard library seeds its hashers from the system).
+pub(super) fn random() -> u128 {
+    let half = || u128::from(RandomState::new().build_hasher().finish());
+    half() << 64 | half()
+}
+
+/// What says whether two processes see the same memory and sockets: the boot and the namespaces.
+fn host() -> String {
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let namespaces = ["ipc", "net", "pid", "mnt"].map(|name| {
+        let link = std::fs::read_link(format!("/proc/self/ns/{name}")).unwrap_or_default();
+        link.to_string_lossy().into_owned()
+    });
+    format!("{} {}", boot.trim(), namespaces.join(" "))
+}
+
+/// One rank's side of the meeting.
+pub(super) struct Meeting {
+    store: Arc<dyn Store>,
+    rank: usize,
+    size: usize,
+    group: String,
+    started: Instant,
+    deadline: Instant,
+}
+
+impl Meeting {
+    pub(super) fn new(context: &BackendContext) -> Self {
+        let started = Instant::now();
+        let long = Duration::from_secs(60 * 60 * 24);
+        Self {
+            store: context.store.clone(),
+            rank: context.rank,
+            size: context.size,
+            group: context.group_name.clone(),
+            started,
+            deadline: started + context.timeout.min(long),
+        }
+    }
+
+    pub(super) fn deadline(&self) -> Instant {
+        self.deadline
+    }
+
+    /// Publishes what this rank says under a topic and returns what all say.
+    pub(super) fn exchange<T: Serialize + for<'a> Deserialize<'a>>(
+        &self,
+        topic: &str,
+        ours: &T,
+    ) -> Result<Vec<T>> {
+        let key = |rank: usize| format!("native/{topic}/{rank}");
+        let bytes = postcard::to_stdvec(ours).map_err(|e| self.failed(&e.to_string()))?;
+        self.store.set(&key(self.rank), &bytes)?;
+        let keys: Vec<String> = (0..self.size).map(key).collect();
+        let names: Vec<&str> = keys.iter().map(String::as_str).collect();
+        let left = self.deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
+        if let Err(error) = self.store.wait(&names, left) {
+            let missing: Vec<usize> =
+                (0..self.size).filter(|&r| !self.store.check(&[&keys[r]]).unwrap_or(true)).collect();
+            return Err(if missing.is_empty() { error } else { self.timeout(missing) });
+        }
+        names
+            .iter()
+            .map(|name| {
+                let bytes = self.store.get(name)?;
+                postcard::from_bytes(&bytes).map_err(|_| {
+                    self.failed(&format!("{name} holds something that this version did not write"))
+                })
+            })
+            .collect()
+    }
+
+    /// That some ranks did not come in time.
+    pub(super) fn timeout(&self, missing: Vec<usize>) -> Error {
+        Error::Timeout {
+            op: format!("setting up group {}", self.group),
+            seq: 0,
+            elapsed: self.started.elapsed(),
+            missing,
+        }
+    }
+
+    pub(super) fn failed(&self, reason: &str) -> Error {
+        Error::Rendezvous { reason: format!("group {}: {reason}", self.group) }
+    }
+
+    /// What all ranks say of themselves, compared.
+    pub(super) fn hello(&self, forced: Option<String>, tuning: u64) -> Result<Vec<Hello>> {
+        let ours =
+            Hello { version: VERSION, process: *PROCESS, host: host(), token: random(), forced, tuning };
+        let all = self.exchange("hello", &ours)?;
+        let differs = |what: fn(&Hello) -> String, name: &str| {
+            let odd = all.iter().position(|h| what(h) != what(&all[0]));
+            odd.map(|rank| {
+                let (a, b) = (what(&all[0]), what(&all[rank]));
+                self.failed(&format!("ranks differ in {name}: rank 0 has {a}, rank {rank} has {b}"))
+            })
+        };
+        let checks: [(fn(&Hello) -> String, &str); 3] = [
+            (|h| h.version.to_string(), "the version of the native engine"),
+            (|h| format!("{:?}", h.forced), "TCH_DISTRIBUTED_TRANSPORT"),
+            (|h| format!("{:x}", h.tuning), "their tuning table"),
+        ];
+        match checks.iter().find_map(|(what, name)| differs(*what, name)) {
+            Some(error) => Err(error),
+            None => Ok(all),
+        }
+    }
+}

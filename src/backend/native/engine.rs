@@ -302,9 +302,9 @@ impl Engine {
             return;
         }
         self.control.transfer(transfers);
-        if let Some(failure) = &*self.failure.lock() {
+        if let Some(error) = self.failure() {
             // It came in between.
-            self.control.fail_transfers(&failure.error);
+            self.control.fail_transfers(&error);
             return;
         }
         if self.control.pending() > 0 {
@@ -345,7 +345,9 @@ impl Engine {
     pub(super) fn failed(&self, stamp: Option<Stamp>) -> Option<Error> {
         let failure = self.failure.lock();
         failure.as_ref().map(|f| match &f.cause {
-            Cause::Lost { .. } if matches!(*f.error, Error::PeerLost { .. }) => f.cause.error(self.rank, stamp),
+            Cause::Lost { .. } if matches!(*f.error, Error::PeerLost { .. }) => {
+                f.cause.error(self.rank, stamp)
+            }
             _ => f.error.duplicate(),
         })
     }
@@ -389,7 +391,9 @@ impl Engine {
                 }
             }
             if rest(self) {
-                return Err(self.conclude(timed_out(label(self.ledger.entered()), timeout_of(entered)), entered));
+                return Err(
+                    self.conclude(timed_out(label(self.ledger.entered()), timeout_of(entered)), entered)
+                );
             }
         };
         self.control.leave(calls);
@@ -421,8 +425,7 @@ impl Engine {
                 if self.flag(FAILED) {
                     break Error::Aborted;
                 }
-                let missing: Vec<usize> =
-                    (0..self.size).filter(|&r| here((r, &presence[r]))).collect();
+                let missing: Vec<usize> = (0..self.size).filter(|&r| here((r, &presence[r]))).collect();
                 let error = Arc::new(Error::Timeout {
                     op: "shutdown".to_owned(),
                     seq: calls,

@@ -78,9 +78,10 @@ impl<'a, L: Links> Executor<'a, L> {
     pub(crate) fn new(wiring: Arc<Wiring<L>>, call: Call<'a>, stamp: Stamp) -> Result<Self> {
         let size = call.kind.elt_size_in_bytes();
         let reducer = match call.op.reduce_op() {
-            Some(op) => Some(Reducer::new(op, call.kind, wiring.world).map_err(|what| {
-                Error::Unsupported { backend: "native".to_owned(), what }
-            })?),
+            Some(op) => Some(
+                Reducer::new(op, call.kind, wiring.world)
+                    .map_err(|what| Error::Unsupported { backend: "native".to_owned(), what })?,
+            ),
             None => None,
         };
         let factor = match call.op.reduce_op() {
@@ -233,7 +234,7 @@ impl<'a, L: Links> Executor<'a, L> {
             self.check(from, &head, into.len)?;
             if let Some(lent) = links.take(from) {
                 match into.place {
-                    Place::Slot(n) => self.slots[n].lent = Some(lent),
+                    Place::Slot(n) if into.len > 0 => self.slots[n].lent = Some(lent),
                     _ => {
                         let pieces = lent.hold().ok_or(Error::Aborted)?;
                         // SAFETY: held until released; the destination is this call's own.
@@ -268,7 +269,10 @@ impl<'a, L: Links> Executor<'a, L> {
             return Ok(());
         }
         let (theirs, ours) = if head.seq != ours.seq {
-            (format!("{} as number {}", stamp::words(head.fingerprint), head.seq), stamp::words(ours.fingerprint))
+            (
+                format!("{} as number {}", stamp::words(head.fingerprint), head.seq),
+                stamp::words(ours.fingerprint),
+            )
         } else if differs {
             (stamp::words(head.fingerprint), stamp::words(ours.fingerprint))
         } else {

@@ -18,6 +18,8 @@ mod p2p;
 mod plan;
 mod progress;
 mod stamp;
+#[cfg(test)]
+mod tests;
 mod threads;
 pub(crate) mod transport;
 
@@ -50,9 +52,9 @@ pub fn create(context: BackendContext) -> Result<Arc<dyn CollectiveBackend>> {
         None if one_process => threads(&context, &meeting, all[0].token),
         Some("threads") if one_process => threads(&context, &meeting, all[0].token),
         Some("threads") => Err(unavailable("TCH_DISTRIBUTED_TRANSPORT=threads, but ranks are processes")),
-        Some(other) => Err(unavailable(&format!(
-            "TCH_DISTRIBUTED_TRANSPORT={other:?}: known are threads, shm and tcp"
-        ))),
+        Some(other) => {
+            Err(unavailable(&format!("TCH_DISTRIBUTED_TRANSPORT={other:?}: known are threads, shm and tcp")))
+        }
         None => Err(unavailable("ranks are processes")),
     }
 }
@@ -62,11 +64,7 @@ fn unavailable(reason: &str) -> Error {
 }
 
 /// Ranks as threads of this process.
-fn threads(
-    context: &BackendContext,
-    meeting: &Meeting,
-    token: u128,
-) -> Result<Arc<dyn CollectiveBackend>> {
+fn threads(context: &BackendContext, meeting: &Meeting, token: u128) -> Result<Arc<dyn CollectiveBackend>> {
     let room = threads::Room::of(token, context.size);
     let seat = Arc::new(threads::Seat::new(room.clone(), context.rank));
     if !room.join(meeting.deadline().min(Instant::now() + threads::JOIN_GRACE)) {

@@ -165,7 +165,7 @@ mod tests {
     fn a_fingerprint_tells_every_difference_in_words() {
         let call = |op, numel: i64, kind| {
             let tensor = Tensor::zeros([numel], (kind, Device::Cpu));
-            let buffer = Buffer::owned(tensor);
+            let buffer = Buffer::new(tensor).unwrap();
             fingerprint(&Call {
                 op,
                 kind,

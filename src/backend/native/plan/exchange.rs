@@ -119,8 +119,7 @@ impl Exchange<'_> {
                 let free: SmallVec<[StepId; 1]> =
                     round.checked_sub(depth).map(|r| combined[r]).into_iter().collect();
                 let mut after = SmallVec::<[StepId; 8]>::new();
-                let mut operands: SmallVec<[Range; 4]> =
-                    SmallVec::from_elem(mine.part(start, len), world);
+                let mut operands: SmallVec<[Range; 4]> = SmallVec::from_elem(mine.part(start, len), world);
                 for peer in self.shape.peers() {
                     operands[peer] = landing[peer][round % depth].part(0, len);
                     after.push(plan.recv(peer, operands[peer], &free));

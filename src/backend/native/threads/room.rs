@@ -10,11 +10,11 @@ use parking_lot::{Condvar, Mutex};
 use super::event::Event;
 use super::link::Lane;
 use super::mail::Mailbox;
+use crate::Error;
 use crate::backend::native::cause::Cause;
 use crate::backend::native::control::{Control, Listener, Overdue, Presence};
 use crate::backend::native::ledger::{Ledger, Report};
 use crate::backend::{Direction, Transfer};
-use crate::Error;
 
 /// The rooms of this process, by the token that the ranks agreed on.
 static ROOMS: Lazy<Mutex<HashMap<u128, Weak<Room>>>> = Lazy::new(Mutex::default);

@@ -4,13 +4,16 @@
 
 pub mod autograd;
 pub mod backend;
+pub mod cost;
 pub mod data_parallel;
 mod error;
 pub mod functional;
 mod libtorch;
+pub mod metrics;
 pub mod model_parallel;
 mod notice;
 pub mod process_group;
+pub mod profile;
 pub mod random;
 pub mod store;
 pub mod testing;

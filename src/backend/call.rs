@@ -1,5 +1,6 @@
 //! What a backend is asked to do: one validated operation on flat contiguous buffers.
 
+use crate::profile::Activity;
 use std::fmt;
 use std::time::Duration;
 
@@ -50,16 +51,20 @@ pub enum Op {
 impl Op {
     /// The operation's name as a user knows it, e.g. `all_reduce`.
     pub fn name(&self) -> &'static str {
+        self.activity().name()
+    }
+
+    pub(crate) fn activity(&self) -> Activity {
         match self {
-            Self::AllReduce(_) => "all_reduce",
-            Self::Reduce { .. } => "reduce",
-            Self::Broadcast { .. } => "broadcast",
-            Self::AllGather => "all_gather",
-            Self::Gather { .. } => "gather",
-            Self::Scatter { .. } => "scatter",
-            Self::ReduceScatter(_) => "reduce_scatter",
-            Self::AllToAll => "all_to_all",
-            Self::Barrier => "barrier",
+            Self::AllReduce(_) => Activity::AllReduce,
+            Self::Reduce { .. } => Activity::Reduce,
+            Self::Broadcast { .. } => Activity::Broadcast,
+            Self::AllGather => Activity::AllGather,
+            Self::Gather { .. } => Activity::Gather,
+            Self::Scatter { .. } => Activity::Scatter,
+            Self::ReduceScatter(_) => Activity::ReduceScatter,
+            Self::AllToAll => Activity::AllToAll,
+            Self::Barrier => Activity::Barrier,
         }
     }
 
@@ -241,6 +246,12 @@ pub struct Call<'a> {
 }
 
 impl Call<'_> {
+    /// The bytes of this rank's side: of its inputs, or of its outputs where those are more.
+    pub(crate) fn own_bytes(&self) -> usize {
+        let bytes = |segments: &Segments<'_>| segments.iter().flatten().map(Buffer::bytes).sum::<usize>();
+        bytes(&self.inputs).max(bytes(&self.outputs))
+    }
+
     /// The same call, holding its tensors.
     pub fn into_owned(self) -> Call<'static> {
         fn own(segments: Segments<'_>) -> Segments<'static> {

@@ -12,6 +12,7 @@ use super::state::Inner;
 use super::{ProcessGroup, Work};
 use crate::backend::{Buffer, Call, CollectiveBackend, Completion, Op, Receipt, Segment, Segments};
 use crate::libtorch::{Facts, facts};
+use crate::profile::Watch;
 use crate::{Error, Result};
 
 /// A collective being put together.
@@ -147,13 +148,16 @@ impl<'a> Memory<'a> {
     }
 
     /// What runs when an asynchronous operation has ended, before anyone learns of it.
-    pub(super) fn finisher(self, inner: Arc<Inner>) -> Finisher {
+    pub(super) fn finisher(self, inner: Arc<Inner>, watch: Watch) -> Finisher {
         let outputs = self.write_back;
-        Box::new(move |result| match result {
-            Ok(receipt) => write_back(outputs).map(|()| receipt),
-            Err(error) => {
-                inner.note(&error);
-                Err(error)
+        Box::new(move |result| {
+            inner.instrument.end(watch, result.is_ok());
+            match result {
+                Ok(receipt) => write_back(outputs).map(|()| receipt),
+                Err(error) => {
+                    inner.note(&error);
+                    Err(error)
+                }
             }
         })
     }
@@ -250,7 +254,10 @@ impl<'a> Draft<'a> {
         if inner.detail {
             super::debug::compare(&self, site)?;
         }
-        match self.backend.run(self.call) {
+        let watch = inner.instrument.begin(self.call.op.activity(), self.call.own_bytes(), site);
+        let ended = inner.universe.instrument.blocked(|| self.backend.run(self.call));
+        inner.instrument.end(watch, ended.is_ok());
+        match ended {
             Ok(()) if self.memory.write_back.is_empty() => Ok(()),
             Ok(()) => write_back(self.memory.write_back),
             Err(error) => Err(inner.fail(error)),
@@ -264,7 +271,9 @@ impl<'a> Draft<'a> {
         if self.group.inner.detail {
             super::debug::compare(&self, site)?;
         }
-        let (done, ticket) = Completion::new(Some(self.memory.finisher(self.group.inner.clone())));
+        let inner = self.group.inner.clone();
+        let watch = inner.instrument.begin(self.call.op.activity(), self.call.own_bytes(), site);
+        let (done, ticket) = Completion::new(Some(self.memory.finisher(inner, watch)));
         self.backend.submit(self.call.into_owned(), done);
         Ok(Work::new(self.group.clone(), smallvec![ticket]))
     }

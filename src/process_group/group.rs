@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::state::Inner;
+use crate::profile::GroupInstrument;
 use crate::{Error, Result};
 
 /// A group of ranks that communicate: every collective is a method here.
@@ -32,6 +33,16 @@ pub struct ProcessGroup {
 impl ProcessGroup {
     pub(super) fn of(inner: Arc<Inner>) -> Self {
         Self { inner, timeout: None }
+    }
+
+    /// What watches this group.
+    pub(crate) fn instrument(&self) -> &Arc<GroupInstrument> {
+        &self.inner.instrument
+    }
+
+    /// How many ranks the world has that this group belongs to.
+    pub(crate) fn global_world_size(&self) -> usize {
+        self.inner.universe.world_size
     }
 
     /// This rank within the group.

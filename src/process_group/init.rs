@@ -200,7 +200,7 @@ fn form_world(spec: BackendSpec, options: InitOptions) -> Result<ProcessGroup> {
         store: Arc::new(base),
         spec,
         timeout,
-        universe: Universe::new(met.local_rank),
+        universe: Universe::new(met.rank, met.world_size, met.local_rank),
         detail,
         world: true,
     })

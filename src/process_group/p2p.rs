@@ -1,5 +1,7 @@
 //! From one rank to another.
 
+use std::panic::Location;
+
 use smallvec::smallvec;
 use tch::Tensor;
 
@@ -7,6 +9,7 @@ use super::checks::{disjoint, see};
 use super::draft::Memory;
 use super::{ProcessGroup, Work};
 use crate::backend::{CollectiveBackend, Completion, Direction, Ticket, Transfer};
+use crate::profile::Activity;
 use crate::{Error, Result};
 
 /// One message of a batch: see [`ProcessGroup::batch_isend_irecv`].
@@ -51,6 +54,7 @@ impl ProcessGroup {
     ///     }
     /// });
     /// ```
+    #[track_caller]
     pub fn send(&self, tensor: &Tensor, dst: usize, tag: u32) -> Result<()> {
         self.inner.usable()?;
         self.check_rank(dst)?;
@@ -82,6 +86,7 @@ impl ProcessGroup {
     ///     }
     /// });
     /// ```
+    #[track_caller]
     pub fn recv(&self, tensor: &mut Tensor, src: impl Into<Option<usize>>, tag: u32) -> Result<usize> {
         self.inner.usable()?;
         let src = src.into();
@@ -116,6 +121,7 @@ impl ProcessGroup {
     ///     assert_eq!(tensor.int64_value(&[0]), 3);
     /// });
     /// ```
+    #[track_caller]
     pub fn isend(&self, tensor: &Tensor, dst: usize, tag: u32) -> Result<Work> {
         self.start(&P2pOp::send(tensor, dst, tag))
     }
@@ -125,6 +131,7 @@ impl ProcessGroup {
     /// # Errors
     /// `RankOutOfRange`; `InvalidArgument` when elements of the tensor share memory; failures come from
     /// the [`Work`].
+    #[track_caller]
     pub fn irecv(&self, tensor: &Tensor, src: impl Into<Option<usize>>, tag: u32) -> Result<Work> {
         self.start(&P2pOp::recv(tensor, src, tag))
     }
@@ -152,6 +159,7 @@ impl ProcessGroup {
     ///     assert_eq!(theirs.int64_value(&[0]), ((rank + size - 1) % size) as i64);
     /// });
     /// ```
+    #[track_caller]
     pub fn batch_isend_irecv(&self, ops: Vec<P2pOp>) -> Result<Vec<Work>> {
         self.inner.usable()?;
         let mut batches: Vec<(&dyn CollectiveBackend, Vec<Transfer>)> = Vec::new();
@@ -170,6 +178,7 @@ impl ProcessGroup {
         Ok(works)
     }
 
+    #[track_caller]
     fn start(&self, op: &P2pOp) -> Result<Work> {
         self.inner.usable()?;
         let (backend, transfer, ticket) = self.prepare(op)?;
@@ -177,6 +186,7 @@ impl ProcessGroup {
         Ok(Work::new(self.clone(), smallvec![ticket]))
     }
 
+    #[track_caller]
     fn prepare(&self, op: &P2pOp) -> Result<(&dyn CollectiveBackend, Transfer, Ticket)> {
         let seen = see(&op.tensor, "tensor")?;
         let backend = &**self.inner.backends.of(seen.facts.device)?;
@@ -192,12 +202,18 @@ impl ProcessGroup {
                 memory.write(&seen, false)?
             }
         };
-        let (done, ticket) = Completion::new(Some(memory.finisher(self.inner.clone())));
+        let buffer = buffer.whole().into_owned();
+        let activity = match op.direction {
+            Direction::Send { .. } => Activity::Send,
+            Direction::Recv { .. } => Activity::Recv,
+        };
+        let watch = self.inner.instrument.begin(activity, buffer.bytes(), Location::caller());
+        let (done, ticket) = Completion::new(Some(memory.finisher(self.inner.clone(), watch)));
         let transfer = Transfer {
             direction: op.direction,
             tag: op.tag,
             kind: seen.facts.kind,
-            buffer: buffer.whole().into_owned(),
+            buffer,
             timeout: self.timeout(),
             done,
         };

@@ -7,6 +7,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 
 use super::spec::{BackendSpec, Backends};
+use crate::profile::{self, GroupInstrument, RankInstrument};
 use crate::store::Store;
 use crate::{Error, Result};
 
@@ -25,6 +26,8 @@ pub(super) struct Inner {
     /// Keys of this group and of the groups made from it.
     pub(super) store: Arc<dyn Store>,
     pub(super) universe: Arc<Universe>,
+    /// Its flight recorder, and where its events go while somebody profiles.
+    pub(super) instrument: Arc<GroupInstrument>,
     /// Every collective is compared among all ranks before it runs.
     pub(super) detail: bool,
     /// How many groups were made from this one (on every rank, members or not).
@@ -40,15 +43,20 @@ pub(super) struct Inner {
 }
 
 /// All groups of one rank that come from one `init_process_group`.
-#[derive(Default)]
 pub(super) struct Universe {
     live: Mutex<Vec<Weak<Inner>>>,
     pub(super) local_rank: usize,
+    /// This rank in the world.
+    pub(super) rank: usize,
+    pub(super) world_size: usize,
+    pub(super) instrument: Arc<RankInstrument>,
 }
 
 impl Universe {
-    pub(super) fn new(local_rank: usize) -> Arc<Self> {
-        Arc::new(Self { live: Mutex::default(), local_rank })
+    pub(super) fn new(rank: usize, world_size: usize, local_rank: usize) -> Arc<Self> {
+        let instrument = Arc::<RankInstrument>::default();
+        profile::dump_on_signal(&instrument, rank, world_size);
+        Arc::new(Self { live: Mutex::default(), local_rank, rank, world_size, instrument })
     }
 
     pub(super) fn add(&self, group: &Arc<Inner>) {
@@ -78,7 +86,9 @@ pub(super) struct Parts {
 
 impl Inner {
     pub(super) fn new(parts: Parts) -> Arc<Self> {
+        let instrument = GroupInstrument::new(&parts.universe.instrument, &parts.name, &parts.ranks);
         let inner = Arc::new(Self {
+            instrument,
             name: parts.name,
             rank: parts.rank,
             ranks: parts.ranks,
@@ -134,6 +144,8 @@ impl Inner {
         let mut first = self.cause.lock();
         if first.is_none() {
             tracing::warn!(group = %self.name, rank = self.rank, %cause, "process group failed");
+            let universe = &self.universe;
+            profile::dump_on_failure(&universe.instrument, universe.rank, universe.world_size, &cause);
             *first = Some(cause);
             let _ = self.state.compare_exchange(USABLE, FAILED, Ordering::AcqRel, Ordering::Relaxed);
         }

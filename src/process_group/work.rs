@@ -78,7 +78,8 @@ impl Work {
         let deadline = timeout.and_then(|t| Instant::now().checked_add(t));
         let mut first = Ok(Receipt::default());
         for (i, ticket) in self.tickets.iter().enumerate() {
-            let Some(result) = ticket.wait_until(deadline) else { return Ok(None) };
+            let waited = self.group.inner.universe.instrument.blocked(|| ticket.wait_until(deadline));
+            let Some(result) = waited else { return Ok(None) };
             match result {
                 Ok(receipt) if i == 0 => first = Ok(receipt),
                 Err(error) if first.is_ok() => first = Err(error),

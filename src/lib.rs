@@ -8,6 +8,7 @@ pub mod cost;
 pub mod data_parallel;
 mod error;
 pub mod functional;
+pub mod launch;
 mod libtorch;
 pub mod metrics;
 pub mod model_parallel;

@@ -1,0 +1,90 @@
+//! What a rank's process is told, and how it ties its life to its parent's.
+
+use std::collections::hash_map::RandomState;
+use std::hash::{BuildHasher, Hasher};
+use std::net::TcpListener;
+use std::process::Command;
+
+use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal};
+
+/// A process's place in the world: the variables that torchrun sets.
+#[derive(Clone, Debug)]
+pub(crate) struct Seat {
+    pub(crate) rank: usize,
+    pub(crate) world_size: usize,
+    pub(crate) local_rank: usize,
+    pub(crate) local_world_size: usize,
+    pub(crate) node: usize,
+    pub(crate) nodes: usize,
+    pub(crate) master_addr: String,
+    pub(crate) master_port: u16,
+    /// Names the job, so that another job on the same port is told apart.
+    pub(crate) run_id: String,
+    /// The launcher serves the store: all ranks are its clients.
+    pub(crate) agent_store: bool,
+}
+
+impl Seat {
+    /// Gives the seat to a process.
+    pub(crate) fn give(&self, command: &mut Command) {
+        let numbers = [
+            ("RANK", self.rank),
+            ("WORLD_SIZE", self.world_size),
+            ("LOCAL_RANK", self.local_rank),
+            ("LOCAL_WORLD_SIZE", self.local_world_size),
+            ("GROUP_RANK", self.node),
+            ("GROUP_WORLD_SIZE", self.nodes),
+            ("ROLE_RANK", self.rank),
+            ("ROLE_WORLD_SIZE", self.world_size),
+            ("TORCHELASTIC_RESTART_COUNT", 0),
+            ("TORCHELASTIC_MAX_RESTARTS", 0),
+        ];
+        for (name, value) in numbers {
+            command.env(name, value.to_string());
+        }
+        command
+            .env("ROLE_NAME", "default")
+            .env("MASTER_ADDR", &self.master_addr)
+            .env("MASTER_PORT", self.master_port.to_string())
+            .env("TORCHELASTIC_RUN_ID", &self.run_id)
+            .env("TORCHELASTIC_USE_AGENT_STORE", if self.agent_store { "True" } else { "False" })
+            .env("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1");
+        // All ranks of a machine share its cores; libtorch would give each rank all of them.
+        if std::env::var_os("OMP_NUM_THREADS").is_none() {
+            let threads = (num_cpus::get() / self.local_world_size.max(1)).max(1);
+            command.env("OMP_NUM_THREADS", threads.to_string());
+        }
+    }
+}
+
+/// A word that no other job has.
+pub(crate) fn nonce() -> String {
+    // Each RandomState is keyed anew from the system's randomness.
+    let mut hasher = RandomState::new().build_hasher();
+    hasher.write_u32(std::process::id());
+    format!("{:016x}", hasher.finish())
+}
+
+/// A port of this machine that nobody uses now.
+pub(crate) fn free_port() -> std::io::Result<u16> {
+    // Below the range that the kernel hands out, so that no outgoing connection takes it meanwhile.
+    let mut hasher = RandomState::new().build_hasher();
+    hasher.write_u32(std::process::id());
+    let start = hasher.finish();
+    for step in 0..2000u64 {
+        let port = 20_000 + (start.wrapping_add(step * 7) % 12_000) as u16;
+        if TcpListener::bind(("0.0.0.0", port)).is_ok() {
+            return Ok(port);
+        }
+    }
+    TcpListener::bind("0.0.0.0:0")?.local_addr().map(|address| address.port())
+}
+
+/// This process is to die when its parent dies, whatever way; at once if that has happened.
+pub(crate) fn die_with_parent(parent: u32) {
+    // Where the kernel does not offer it, the launcher's own signals have to do.
+    let _ = set_parent_process_death_signal(Some(Signal::KILL));
+    if getppid().map(|p| Pid::as_raw(Some(p))) != i32::try_from(parent).ok() {
+        std::process::exit(1);
+    }
+}

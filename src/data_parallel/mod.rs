@@ -1,6 +1,7 @@
 //! Data parallelism: every rank holds the whole model and sees its share of the data.
 //!
 //! * [`DistributedDataParallel`] averages gradients over the ranks of a group while backward runs.
+//! * [`DistributedSampler`] says which samples a rank sees.
 //! * [`hooks`] change how gradients travel, to halve their bytes for instance.
 //!
 //! ```
@@ -30,9 +31,11 @@ pub mod hooks;
 mod layout;
 mod options;
 mod reducer;
+mod sampler;
 mod step;
 mod unused;
 mod verify;
 
 pub use ddp::DistributedDataParallel;
 pub use options::DdpOptions;
+pub use sampler::DistributedSampler;

@@ -133,6 +133,13 @@ impl ProcessGroup {
         Ok(())
     }
 
+    /// The same with a cause of one's own, which the other ranks get to see.
+    pub(crate) fn abort_because(&self, cause: Error) {
+        if self.inner.usable().is_ok() {
+            self.inner.abort(Arc::new(cause));
+        }
+    }
+
     /// Leaves this group in good order: waits for what is pending and checks that every rank made as
     /// many calls. To be called on every rank of it; later calls are refused. A second time, and on a
     /// group that failed, it does nothing.

@@ -14,9 +14,17 @@
 
 mod picture;
 mod plan;
+mod run;
 mod schedule;
+mod stage;
+mod stats;
+mod tie;
 mod timeline;
+mod wire;
 
 pub use plan::{Action, Pass, Plan};
+pub use run::Pipeline;
 pub use schedule::Schedule;
+pub use stage::{Loss, Stage};
+pub use stats::StepStats;
 pub use timeline::{Costs, Slot, Timeline};

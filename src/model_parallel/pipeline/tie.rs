@@ -1,0 +1,69 @@
+//! Weights that several stages share, such as an embedding and the head.
+
+use tch::Tensor;
+
+use crate::autograd::set_grad;
+use crate::{Error, ProcessGroup, ReduceOp, Result};
+
+/// One weight with a copy on each of some ranks.
+pub(super) struct Tie {
+    group: ProcessGroup,
+    tensor: Tensor,
+    /// The gradient of earlier steps, which is summed already.
+    before: Option<Tensor>,
+}
+
+impl Tie {
+    /// Every rank of the pipeline calls it; on the ranks outside it gives `None`.
+    pub(super) fn new(
+        tensor: Option<&Tensor>,
+        ranks: &[usize],
+        group: &ProcessGroup,
+    ) -> Result<Option<Self>> {
+        // All ranks see the same list, and so agree whether to go on.
+        let mine = tensor.map(|t| (t.size(), format!("{:?}", t.kind())));
+        let all: Vec<Option<(Vec<i64>, String)>> = group.all_gather_object(&mine)?;
+        let first = ranks.first().and_then(|&r| all[r].as_ref());
+        for &rank in ranks {
+            if all[rank].is_none() || all[rank].as_ref() != first {
+                let reason = match &all[rank] {
+                    None => format!("rank {rank} has a stage that shares it, but gives none"),
+                    Some(look) => {
+                        format!("it is {look:?} on rank {rank}, but {first:?} on rank {}", ranks[0])
+                    }
+                };
+                return Err(Error::invalid("tensor", reason));
+            }
+        }
+        let subgroup = if ranks.len() > 1 { group.new_group(ranks)? } else { None };
+        let (Some(group), Some(tensor)) = (subgroup, tensor) else { return Ok(None) };
+        let mut tensor = tensor.shallow_clone();
+        tch::no_grad(|| group.broadcast(&mut tensor, 0))?;
+        Ok(Some(Self { group, tensor, before: None }))
+    }
+
+    /// Before a step: puts the gradient of earlier steps aside, so that it is not summed twice.
+    pub(super) fn begin(&mut self) -> Result<()> {
+        let grad = self.tensor.grad();
+        self.before = grad.defined().then_some(grad);
+        set_grad(&mut self.tensor, None)
+    }
+
+    /// After it: the sum of all copies' gradients.
+    pub(super) fn end(&mut self) -> Result<()> {
+        let _no_grad = tch::no_grad_guard();
+        let grad = self.tensor.grad();
+        let mut grad = if grad.defined() { grad } else { self.tensor.f_detach()?.f_zeros_like()? };
+        self.group.all_reduce(&mut grad, ReduceOp::Sum)?;
+        if let Some(before) = self.before.take() {
+            let _ = grad.f_add_(&before)?;
+        }
+        set_grad(&mut self.tensor, Some(&grad))
+    }
+
+    /// A step failed: what was there before is there again.
+    pub(super) fn undo(&mut self) -> Result<()> {
+        let before = self.before.take();
+        set_grad(&mut self.tensor, before.as_ref())
+    }
+}

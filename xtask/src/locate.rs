@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 
 use crate::cache;
-use crate::provision::{Provisioned, provision};
+use crate::provision;
 use crate::record;
 use crate::wheels::{RELEASES, Release};
 
@@ -18,17 +18,12 @@ pub(crate) enum Libtorch {
     Python,
     /// In `/usr/lib`, where tch looks by itself.
     System,
-    Provisioned(Provisioned),
+    Provisioned(PathBuf),
 }
 
-pub(crate) struct Wanted<'a> {
-    /// A version that the user asked for in so many words.
-    pub(crate) version: Option<&'a str>,
-    pub(crate) nccl: bool,
-}
-
-pub(crate) fn find(root: &Path, wanted: &Wanted<'_>) -> Result<Libtorch> {
-    if wanted.version.is_none() {
+/// Finds it or fetches it. `version` is what the user asked for in so many words.
+pub(crate) fn find(root: &Path, version: Option<&str>) -> Result<Libtorch> {
+    if version.is_none() {
         if let Some(theirs) = users_own(root)? {
             return Ok(theirs);
         }
@@ -36,14 +31,16 @@ pub(crate) fn find(root: &Path, wanted: &Wanted<'_>) -> Result<Libtorch> {
             return Ok(Libtorch::System);
         }
     }
-    let release = match wanted.version {
-        Some(version) => Release::of_libtorch(version).with_context(|| {
-            let known: Vec<_> = RELEASES.iter().map(|release| release.libtorch).collect();
-            format!("libtorch {version} cannot be provided; known: {}", known.join(", "))
-        })?,
-        None => wanted_by_tch(root)?,
-    };
-    Ok(Libtorch::Provisioned(provision(release, wanted.nccl)?))
+    Ok(Libtorch::Provisioned(provision::libtorch(release(root, version)?)?))
+}
+
+/// The tested release of that version, or else the one that the tch in `Cargo.lock` wants.
+pub(crate) fn release(root: &Path, version: Option<&str>) -> Result<&'static Release> {
+    let Some(version) = version else { return wanted_by_tch(root) };
+    Release::of_libtorch(version).with_context(|| {
+        let known: Vec<_> = RELEASES.iter().map(|release| release.libtorch).collect();
+        format!("libtorch {version} cannot be provided; known: {}", known.join(", "))
+    })
 }
 
 /// `cargo xtask` itself runs with what an earlier set-up recorded, so what is in the environment is the user's only
@@ -73,7 +70,6 @@ fn users_own(root: &Path) -> Result<Option<Libtorch>> {
     Ok(Some(Libtorch::Users(named)))
 }
 
-/// The libtorch that the tch in `Cargo.lock` wants.
 fn wanted_by_tch(root: &Path) -> Result<&'static Release> {
     let lock = fs::read_to_string(root.join("Cargo.lock")).context("cannot read Cargo.lock")?;
     let version = resolved_tch(&lock).context("there is no tch in Cargo.lock")?;

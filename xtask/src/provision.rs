@@ -11,56 +11,48 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 
 use crate::cache::{self, Lock, Workplace};
-use crate::pip::{Pip, progress};
+use crate::pip::Pip;
 use crate::unpack::{sha256, unpack};
 use crate::wheels::{Bundle, Release, Wheel};
 
-/// A libtorch in the cache.
-pub(crate) struct Provisioned {
-    /// What `LIBTORCH` is to be: the folder of `lib` and `include`.
-    pub(crate) libtorch: PathBuf,
-    /// The folder of `cu13` and `nccl`, where CUDA's headers have been fetched.
-    pub(crate) nvidia: Option<PathBuf>,
+/// A libtorch for the CPU: the folder of `lib` and `include`, found or made.
+pub(crate) fn libtorch(release: &'static Release) -> Result<PathBuf> {
+    Ok(provide(&release.cpu())?.join("torch"))
 }
 
-/// Finds it, or makes it. With `nccl`, the headers of CUDA and NCCL too.
-pub(crate) fn provision(release: &'static Release, nccl: bool) -> Result<Provisioned> {
+/// The headers of CUDA and NCCL (`cu13/include`, `nccl/include`), found or made. Beside that folder lies
+/// `torch/lib` with the CUDA part of libtorch to link with.
+pub(crate) fn nvidia(release: &'static Release) -> Result<PathBuf> {
+    Ok(provide(&release.nccl())?.join("nvidia"))
+}
+
+/// The same, where an earlier set-up has made it.
+pub(crate) fn nvidia_if_there(release: &'static Release) -> Result<Option<PathBuf>> {
+    let (cache, bundle) = (cache::folder()?, release.nccl());
+    Ok(is_whole(&cache, &bundle).then(|| cache.join(bundle.folder).join("nvidia")))
+}
+
+fn provide(bundle: &Bundle) -> Result<PathBuf> {
     let cache = cache::folder()?;
-    let (cpu, cuda) = (release.cpu(), release.nccl());
-    let missing: Vec<&Bundle> = [(&cpu, true), (&cuda, nccl)]
-        .into_iter()
-        .filter(|(bundle, wanted)| *wanted && !is_whole(&cache, bundle))
-        .map(|(bundle, _)| bundle)
-        .collect();
-    if !missing.is_empty() {
-        make(&cache, &missing)?;
+    if !is_whole(&cache, bundle) {
+        if !cfg!(all(target_os = "linux", target_arch = "x86_64")) {
+            bail!("libtorch can be fetched for Linux on x86-64 only; elsewhere set LIBTORCH to your own");
+        }
+        let lock = Lock::take(&cache)?;
+        // Another set-up may have made it while we waited for the lock.
+        if !is_whole(&cache, bundle) {
+            make(&cache, &lock, bundle).with_context(|| format!("{} could not be set up", bundle.folder))?;
+        }
+        lock.clear()?;
     }
-    Ok(Provisioned {
-        libtorch: cache.join(&cpu.folder).join("torch"),
-        nvidia: is_whole(&cache, &cuda).then(|| cache.join(&cuda.folder).join("nvidia")),
-    })
+    Ok(cache.join(&bundle.folder))
 }
 
 fn is_whole(cache: &Path, bundle: &Bundle) -> bool {
     cache.join(&bundle.folder).join(bundle.proof).is_file()
 }
 
-fn make(cache: &Path, bundles: &[&Bundle]) -> Result<()> {
-    if !cfg!(all(target_os = "linux", target_arch = "x86_64")) {
-        bail!("libtorch can be fetched for Linux on x86-64 only; elsewhere set LIBTORCH to your own");
-    }
-    let lock = Lock::take(cache)?;
-    for bundle in bundles {
-        // Another set-up may have made it while we waited for the lock.
-        if !is_whole(cache, bundle) {
-            make_one(cache, &lock, bundle)
-                .with_context(|| format!("{} could not be set up", bundle.folder))?;
-        }
-    }
-    lock.clear()
-}
-
-fn make_one(cache: &Path, lock: &Lock, bundle: &Bundle) -> Result<()> {
+fn make(cache: &Path, lock: &Lock, bundle: &Bundle) -> Result<()> {
     let workplace = lock.workplace()?;
     let mut wanted = Vec::new();
     for (wheel, _) in &bundle.parts {
@@ -81,11 +73,9 @@ fn make_one(cache: &Path, lock: &Lock, bundle: &Bundle) -> Result<()> {
     }
 
     let new = workplace.folder("new")?;
-    let bar = progress(&format!("unpacking {}", bundle.folder), bundle.unpacked);
     for (wheel, keep) in &bundle.parts {
-        unpack(&lock.wheels().join(wheel.file), &new, *keep, &bar)?;
+        unpack(&lock.wheels().join(wheel.file), &new, *keep)?;
     }
-    bar.finish_and_clear();
     if !new.join(bundle.proof).exists() {
         link_empty_libtorch(&new.join("torch/lib"))?;
     }

@@ -19,17 +19,17 @@ const HEAD: &str = "\
 ";
 
 /// The lines that tell cargo where libtorch is; a dependent's `.cargo/config.toml` needs the same.
-pub(crate) fn text(libtorch: &Libtorch) -> String {
-    match libtorch {
+pub(crate) fn text(libtorch: &Libtorch, nvidia: Option<&Path>) -> String {
+    let mut text = match libtorch {
         Libtorch::Users(folder) => format!("[env]\n{}", line("LIBTORCH", folder)),
         Libtorch::Python => "[env]\nLIBTORCH_USE_PYTORCH = \"1\"\n".into(),
-        Libtorch::System => "# libtorch is in /usr/lib, where tch looks by itself.\n".into(),
-        Libtorch::Provisioned(it) => {
-            let nvidia =
-                it.nvidia.iter().map(|folder| line("TCH_DISTRIBUTED_NVIDIA", folder)).collect::<String>();
-            format!("[env]\n{PROVIDED}\n{}{nvidia}", line("LIBTORCH", &it.libtorch))
-        }
+        Libtorch::System => "# libtorch is in /usr/lib, where tch looks by itself.\n[env]\n".into(),
+        Libtorch::Provisioned(folder) => format!("[env]\n{PROVIDED}\n{}", line("LIBTORCH", folder)),
+    };
+    if let Some(folder) = nvidia {
+        text += &line("TCH_DISTRIBUTED_NVIDIA", folder);
     }
+    text
 }
 
 fn line(name: &str, value: &Path) -> String {
@@ -38,8 +38,8 @@ fn line(name: &str, value: &Path) -> String {
 }
 
 /// Writes it where it is not so already. A reader sees the old file or the new one, never a part.
-pub(crate) fn write(root: &Path, libtorch: &Libtorch) -> Result<()> {
-    let (path, text) = (root.join(FILE), format!("{HEAD}{}", text(libtorch)));
+pub(crate) fn write(root: &Path, lines: &str) -> Result<()> {
+    let (path, text) = (root.join(FILE), format!("{HEAD}{lines}"));
     if fs::read_to_string(&path).is_ok_and(|old| old == text) {
         return Ok(());
     }
@@ -65,10 +65,10 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         fs::create_dir(root.path().join(".cargo")).unwrap();
         for folder in ["/opt/libtorch", "/odd \"name\"/back\\slash"] {
-            write(root.path(), &Libtorch::Users(folder.into())).unwrap();
+            write(root.path(), &text(&Libtorch::Users(folder.into()), Some(Path::new("/n")))).unwrap();
             assert_eq!(read(root.path()), Some(PathBuf::from(folder)));
         }
-        write(root.path(), &Libtorch::System).unwrap();
+        write(root.path(), &text(&Libtorch::System, None)).unwrap();
         assert_eq!(read(root.path()), None);
     }
 }

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
-use crate::locate::{self, Libtorch, Wanted};
-use crate::record;
+use crate::locate::{self, Libtorch};
+use crate::{provision, record};
 
 pub(crate) const ABOUT: &str = "\
 Find libtorch, or fetch it once, and tell cargo where it is
@@ -36,34 +36,46 @@ pub(crate) fn run(arguments: &[String]) -> Result<()> {
             _ => bail!("setup does not know the argument {argument:?}; it takes\n{ABOUT}"),
         }
     }
-    let libtorch = locate::find(&root(), &Wanted { version, nccl })?;
+    let libtorch = locate::find(&root(), version)?;
+    if nccl {
+        provision::nvidia(locate::release(&root(), version)?)?;
+    }
+    let lines = lines(&libtorch, version)?;
     if print {
-        print!("{}", record::text(&libtorch));
+        print!("{lines}");
         return Ok(());
     }
-    record::write(&root(), &libtorch)?;
+    record::write(&root(), &lines)?;
     match &libtorch {
         Libtorch::Users(folder) => println!("libtorch: {} (LIBTORCH)", folder.display()),
         Libtorch::Python => println!("libtorch: that of Python's torch (LIBTORCH_USE_PYTORCH)"),
         Libtorch::System => println!("libtorch: /usr/lib"),
-        Libtorch::Provisioned(it) => println!("libtorch: {}", it.libtorch.display()),
+        Libtorch::Provisioned(folder) => println!("libtorch: {}", folder.display()),
     }
-    into.iter().try_for_each(|folder| tell(folder, &libtorch))
+    into.iter().try_for_each(|folder| tell(folder, &lines))
 }
 
 /// What every other command does first: [`run`] without arguments, in silence where all is there.
 pub(crate) fn ensure() -> Result<()> {
-    let libtorch = locate::find(&root(), &Wanted { version: None, nccl: false })?;
-    record::write(&root(), &libtorch)
+    let libtorch = locate::find(&root(), None)?;
+    record::write(&root(), &lines(&libtorch, None)?)
+}
+
+fn lines(libtorch: &Libtorch, version: Option<&str>) -> Result<String> {
+    // Headers of CUDA that an earlier set-up fetched stay told of. Not knowing the release is no error here.
+    let nvidia = match locate::release(&root(), version) {
+        Ok(release) => provision::nvidia_if_there(release)?,
+        Err(_) => None,
+    };
+    Ok(record::text(libtorch, nvidia.as_deref()))
 }
 
 /// Writes `.cargo/config.toml` in a crate that depends on this one.
-fn tell(folder: &Path, libtorch: &Libtorch) -> Result<()> {
+fn tell(folder: &Path, lines: &str) -> Result<()> {
     if !folder.join("Cargo.toml").is_file() {
         bail!("{} is no crate: there is no Cargo.toml in it", folder.display());
     }
     let path = folder.join(".cargo/config.toml");
-    let lines = record::text(libtorch);
     match fs::read_to_string(&path) {
         Ok(old) if old == lines => return Ok(()),
         Ok(old) if !old.contains(record::PROVIDED) => {

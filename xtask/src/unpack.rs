@@ -5,9 +5,10 @@ use std::io::{self, Read};
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
-use indicatif::ProgressBar;
 use sha2::{Digest, Sha256};
 use zip::ZipArchive;
+
+use crate::pip::progress;
 
 /// The file's SHA-256 in hexadecimal.
 pub(crate) fn sha256(path: &Path) -> Result<String> {
@@ -24,18 +25,26 @@ pub(crate) fn sha256(path: &Path) -> Result<String> {
 }
 
 /// Writes the files of the wheel that `keep` accepts to the same paths under `target`.
-pub(crate) fn unpack(wheel: &Path, target: &Path, keep: fn(&str) -> bool, bar: &ProgressBar) -> Result<()> {
+pub(crate) fn unpack(wheel: &Path, target: &Path, keep: fn(&str) -> bool) -> Result<()> {
     let mut archive = ZipArchive::new(io::BufReader::new(File::open(wheel)?))
         .with_context(|| format!("{} is no zip archive", wheel.display()))?;
-    let mut kept = 0;
+    let (mut kept, mut bytes) = (Vec::new(), 0);
     for index in 0..archive.len() {
-        let mut entry = archive.by_index(index)?;
-        let name = entry.name()?.into_owned();
-        if entry.is_dir() || !keep(&name) {
-            continue;
+        let entry = archive.by_index_raw(index)?;
+        if !entry.is_dir() && keep(&entry.name()?) {
+            kept.push(index);
+            bytes += entry.size();
         }
+    }
+    if kept.is_empty() {
+        bail!("{} holds nothing of what was looked for in it", wheel.display());
+    }
+    let name = wheel.file_name().unwrap_or_default().to_string_lossy();
+    let bar = progress(&format!("unpacking {}", name.split('-').next().unwrap_or_default()), bytes);
+    for index in kept {
+        let mut entry = archive.by_index(index)?;
         let Some(inside) = entry.enclosed_name() else {
-            bail!("{} holds a path that leads outside: {name}", wheel.display());
+            bail!("{} holds a path that leads outside: {:?}", wheel.display(), entry.name()?);
         };
         let path = target.join(inside);
         if let Some(folder) = path.parent() {
@@ -44,11 +53,8 @@ pub(crate) fn unpack(wheel: &Path, target: &Path, keep: fn(&str) -> bool, bar: &
         let mut file = File::create(&path)?;
         io::copy(&mut bar.wrap_read(&mut entry), &mut file)
             .with_context(|| format!("cannot write {}", path.display()))?;
-        kept += 1;
     }
-    if kept == 0 {
-        bail!("{} holds nothing of what was looked for in it", wheel.display());
-    }
+    bar.finish_and_clear();
     Ok(())
 }
 
@@ -76,8 +82,7 @@ mod tests {
     fn unpacking_keeps_what_is_asked_for_and_nothing_else() {
         let folder = tempfile::tempdir().unwrap();
         let wheel = archive(folder.path());
-        unpack(&wheel, &folder.path().join("out"), |path| path.ends_with(".so"), &ProgressBar::hidden())
-            .unwrap();
+        unpack(&wheel, &folder.path().join("out"), |path| path.ends_with(".so")).unwrap();
         assert_eq!(fs::read(folder.path().join("out/torch/lib/a.so")).unwrap(), b"torch/lib/a.so");
         assert!(!folder.path().join("out/torch/b.py").exists());
     }
@@ -86,7 +91,7 @@ mod tests {
     fn a_wheel_without_the_wanted_files_is_an_error() {
         let folder = tempfile::tempdir().unwrap();
         let wheel = archive(folder.path());
-        let error = unpack(&wheel, folder.path(), |_| false, &ProgressBar::hidden()).unwrap_err();
+        let error = unpack(&wheel, folder.path(), |_| false).unwrap_err();
         assert!(error.to_string().contains("nothing"), "{error}");
     }
 

@@ -6,7 +6,6 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
-use crate::cache;
 use crate::provision;
 use crate::record;
 use crate::wheels::{RELEASES, Release};
@@ -46,18 +45,14 @@ pub(crate) fn release(root: &Path, version: Option<&str>) -> Result<&'static Rel
 /// `cargo xtask` itself runs with what an earlier set-up recorded, so what is in the environment is the user's only
 /// where the record does not say the same, or says what the user chose then.
 fn users_own(root: &Path) -> Result<Option<Libtorch>> {
-    let recorded = record::read(root);
     if env::var_os("LIBTORCH_USE_PYTORCH").is_some() {
         return Ok(Some(Libtorch::Python));
     }
     let Some(named) = env::var_os("LIBTORCH").filter(|value| !value.is_empty()).map(PathBuf::from) else {
         return Ok(None);
     };
-    if recorded.as_deref() == Some(&*named) {
-        let provided = fs::read_to_string(root.join(record::FILE))?.contains(record::PROVIDED);
-        if provided || named.starts_with(cache::folder()?) || !named.is_dir() {
-            return Ok(None);
-        }
+    if record::read(root).as_deref() == Some(&*named) && (record::is_provided(root) || !named.is_dir()) {
+        return Ok(None);
     }
     // torch-sys takes the libraries and headers from elsewhere where these two say so.
     let apart = env::var_os("LIBTORCH_LIB").is_some() || env::var_os("LIBTORCH_INCLUDE").is_some();

@@ -56,6 +56,11 @@ pub(crate) fn read(root: &Path) -> Option<PathBuf> {
     Some(PathBuf::from(value.replace("\\\"", "\"").replace("\\\\", "\\")))
 }
 
+/// Whether the record's libtorch is one that we provided, and not one that the user named when it was written.
+pub(crate) fn is_provided(root: &Path) -> bool {
+    fs::read_to_string(root.join(FILE)).is_ok_and(|text| text.contains(PROVIDED))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -102,3 +102,36 @@ pub(crate) fn dump_on_signal(rank: &Arc<RankInstrument>, number: usize, world_si
         let _ = std::thread::Builder::new().name("tchd-flight".to_owned()).spawn(wait);
     });
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::profile::diagnose_folder;
+    use crate::testing::run_threads;
+
+    #[test]
+    fn a_skipped_collective_is_named_by_the_merged_records() {
+        let folder = tempfile::tempdir().unwrap();
+        run_threads(3, |group| {
+            group.barrier().unwrap();
+            if group.rank() == 1 {
+                std::thread::sleep(Duration::from_millis(1500)); // its own code, in which it hangs
+            } else {
+                group.with_timeout(Duration::from_millis(500)).barrier().unwrap_err();
+            }
+            dump(&group, &folder).unwrap();
+        });
+        let diagnosis = diagnose_folder(folder.path()).unwrap();
+        assert_eq!(diagnosis.suspects, [1], "{diagnosis}");
+        assert!(diagnosis.to_string().contains("the hang is in the rank's own code"), "{diagnosis}");
+    }
+
+    #[test]
+    fn a_folder_without_records_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let error = diagnose_folder(folder.path()).unwrap_err();
+        assert!(error.to_string().contains("flight-rank-"), "{error}");
+    }
+}

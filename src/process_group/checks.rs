@@ -273,12 +273,11 @@ impl ReduceOp {
     /// Whether the operation means something for a kind.
     pub(crate) fn supports(self, kind: Kind) -> bool {
         use Kind::{
-            BFloat16, Bool, ComplexDouble, ComplexFloat, ComplexHalf, Double, Float, Half, Int, Int8, Int16,
-            Int64, Uint8,
+            BFloat16, Bool, ComplexDouble, ComplexFloat, Double, Float, Half, Int, Int8, Int16, Int64, Uint8,
         };
         let integer = matches!(kind, Uint8 | Int8 | Int16 | Int | Int64);
         let float = matches!(kind, Half | BFloat16 | Float | Double);
-        let complex = matches!(kind, ComplexHalf | ComplexFloat | ComplexDouble);
+        let complex = matches!(kind, ComplexFloat | ComplexDouble);
         let bool = kind == Bool;
         match self {
             Self::Sum | Self::Product => integer || float || complex || bool,

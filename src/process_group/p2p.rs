@@ -3,12 +3,12 @@
 use std::panic::Location;
 
 use smallvec::smallvec;
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use super::checks::{disjoint, see};
 use super::draft::Memory;
 use super::{ProcessGroup, Work};
-use crate::backend::{CollectiveBackend, Completion, Direction, Ticket, Transfer};
+use crate::backend::{Buffer, CollectiveBackend, Completion, Direction, Transfer};
 use crate::profile::Activity;
 use crate::{Error, Result};
 
@@ -162,11 +162,14 @@ impl ProcessGroup {
     #[track_caller]
     pub fn batch_isend_irecv(&self, ops: Vec<P2pOp>) -> Result<Vec<Work>> {
         self.inner.usable()?;
+        // All are checked before the first is promised anything.
+        let checked = ops.iter().map(|op| self.check_message(op)).collect::<Result<Vec<_>>>()?;
         let mut batches: Vec<(&dyn CollectiveBackend, Vec<Transfer>)> = Vec::new();
         let mut works = Vec::with_capacity(ops.len());
-        for op in &ops {
-            let (backend, transfer, ticket) = self.prepare(op)?;
-            works.push(Work::new(self.clone(), smallvec![ticket]));
+        for message in checked {
+            let backend = message.backend;
+            let (transfer, work) = self.promise(message);
+            works.push(work);
             match batches.iter_mut().find(|(b, _)| std::ptr::addr_eq(*b, backend)) {
                 Some((_, batch)) => batch.push(transfer),
                 None => batches.push((backend, vec![transfer])),
@@ -181,13 +184,14 @@ impl ProcessGroup {
     #[track_caller]
     fn start(&self, op: &P2pOp) -> Result<Work> {
         self.inner.usable()?;
-        let (backend, transfer, ticket) = self.prepare(op)?;
+        let message = self.check_message(op)?;
+        let backend = message.backend;
+        let (transfer, work) = self.promise(message);
         backend.transfer(vec![transfer]);
-        Ok(Work::new(self.clone(), smallvec![ticket]))
+        Ok(work)
     }
 
-    #[track_caller]
-    fn prepare(&self, op: &P2pOp) -> Result<(&dyn CollectiveBackend, Transfer, Ticket)> {
+    fn check_message(&self, op: &P2pOp) -> Result<Message<'_>> {
         let seen = see(&op.tensor, "tensor")?;
         let backend = &**self.inner.backends.of(seen.facts.device)?;
         let mut memory = Memory::new(backend);
@@ -203,20 +207,30 @@ impl ProcessGroup {
             }
         };
         let buffer = buffer.whole().into_owned();
-        let activity = match op.direction {
+        Ok(Message { backend, memory, buffer, direction: op.direction, tag: op.tag, kind: seen.facts.kind })
+    }
+
+    /// From here on the message ends in its Work, and a failure is one of the group.
+    #[track_caller]
+    fn promise(&self, message: Message<'_>) -> (Transfer, Work) {
+        let Message { memory, buffer, direction, tag, kind, .. } = message;
+        let activity = match direction {
             Direction::Send { .. } => Activity::Send,
             Direction::Recv { .. } => Activity::Recv,
         };
         let watch = self.inner.instrument.begin(activity, buffer.bytes(), Location::caller());
         let (done, ticket) = Completion::new(Some(memory.finisher(self.inner.clone(), watch)));
-        let transfer = Transfer {
-            direction: op.direction,
-            tag: op.tag,
-            kind: seen.facts.kind,
-            buffer,
-            timeout: self.timeout(),
-            done,
-        };
-        Ok((backend, transfer, ticket))
+        let transfer = Transfer { direction, tag, kind, buffer, timeout: self.timeout(), done };
+        (transfer, Work::new(self.clone(), smallvec![ticket]))
     }
+}
+
+/// A message that was checked.
+struct Message<'a> {
+    backend: &'a dyn CollectiveBackend,
+    memory: Memory<'a>,
+    buffer: Buffer<'static>,
+    direction: Direction,
+    tag: u32,
+    kind: Kind,
 }

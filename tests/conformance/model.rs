@@ -4,7 +4,7 @@ use tch::{Kind, Tensor};
 use tch_distributed::ReduceOp;
 
 /// The kinds that operations are tested on.
-pub const KINDS: [Kind; 13] = [
+pub const KINDS: [Kind; 12] = [
     Kind::Uint8,
     Kind::Int8,
     Kind::Int16,
@@ -15,7 +15,6 @@ pub const KINDS: [Kind; 13] = [
     Kind::Float,
     Kind::Double,
     Kind::Bool,
-    Kind::ComplexHalf,
     Kind::ComplexFloat,
     Kind::ComplexDouble,
 ];
@@ -34,7 +33,7 @@ pub const OPS: [ReduceOp; 9] = [
 ];
 
 pub fn is_complex(kind: Kind) -> bool {
-    matches!(kind, Kind::ComplexHalf | Kind::ComplexFloat | Kind::ComplexDouble)
+    matches!(kind, Kind::ComplexFloat | Kind::ComplexDouble)
 }
 
 pub fn is_float(kind: Kind) -> bool {
@@ -82,7 +81,10 @@ pub fn reduce(op: ReduceOp, tensors: &[Tensor]) -> Tensor {
     };
     let combined = match op {
         ReduceOp::Avg if is_float(kind) || is_complex(kind) => combined / tensors.len() as f64,
-        ReduceOp::Avg => combined.divide_scalar_mode(tensors.len() as i64, "trunc"),
+        // The sum wraps first, as every sum of integers does.
+        ReduceOp::Avg => {
+            combined.to_kind(kind).to_kind(Kind::Int64).divide_scalar_mode(tensors.len() as i64, "trunc")
+        }
         _ => combined,
     };
     if kind == Kind::Bool { combined.ne(0) } else { combined.to_kind(kind) }

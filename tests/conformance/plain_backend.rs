@@ -9,11 +9,11 @@ use std::time::{Duration, Instant};
 
 use once_cell::sync::OnceCell;
 use parking_lot::Mutex;
-use tch::Tensor;
+use tch::{Kind, Tensor};
 use tch_distributed::backend::{
     BackendContext, Buffer, Call, CollectiveBackend, Completion, Direction, Op, Receipt, Transfer,
 };
-use tch_distributed::{Error, Result};
+use tch_distributed::{Error, ReduceOp, Result};
 
 use super::model;
 
@@ -166,10 +166,27 @@ impl Shared {
 
     fn collective(&self, seq: u64, call: Call<'static>) -> Result<()> {
         let (me, size) = (self.context.rank, self.context.size);
-        let ours = format!("{} of {:?}", call.op, call.kind);
+        // Each rank's own factor is applied before anything is sent.
+        let op =
+            call.op.reduce_op().map(|op| if let ReduceOp::PremulSum(_) = op { ReduceOp::Sum } else { op });
+        let ours = match (call.op.root(), op) {
+            (Some(root), Some(op)) => format!("{}({op}, root {root}) of {:?}", call.op.name(), call.kind),
+            (None, Some(op)) => format!("{}({op}) of {:?}", call.op.name(), call.kind),
+            _ => format!("{} of {:?}", call.op, call.kind),
+        };
         let send: Vec<Vec<u8>> = match call.op {
             Op::AllReduce(_) | Op::Broadcast { .. } => vec![bytes(&call.outputs[0])],
             _ => call.inputs.iter().map(|s| bytes(s)).collect(),
+        };
+        let send: Vec<Vec<u8>> = match call.op.reduce_op() {
+            Some(ReduceOp::PremulSum(factor)) => send
+                .iter()
+                .map(|part| {
+                    let scaled = self.elements(part, call.kind) * factor;
+                    bytes(&[Buffer::new(scaled).expect("contiguous")])
+                })
+                .collect(),
+            _ => send,
         };
         let mut message = ours.clone().into_bytes();
         message.push(0);
@@ -196,28 +213,19 @@ impl Shared {
             }
             parts.push(segments);
         }
-        let combine = |op, index: usize| -> Vec<u8> {
-            let tensors: Vec<Tensor> = parts
-                .iter()
-                .map(|p| {
-                    Tensor::from_data_size(
-                        &p[index],
-                        &[(p[index].len() / call.kind.elt_size_in_bytes()) as i64],
-                        call.kind,
-                    )
-                })
-                .collect();
-            let result = model::reduce(op, &tensors).contiguous();
+        let combine = |index: usize| -> Vec<u8> {
+            let tensors: Vec<Tensor> = parts.iter().map(|p| self.elements(&p[index], call.kind)).collect();
+            let result = model::reduce(op.unwrap_or_default(), &tensors).contiguous();
             bytes(&[Buffer::new(result).expect("contiguous")])
         };
         let results: Vec<Vec<u8>> = match call.op {
-            Op::AllReduce(op) => vec![combine(op, 0)],
-            Op::Reduce { op, dst } if dst == me => vec![combine(op, 0)],
+            Op::AllReduce(_) => vec![combine(0)],
+            Op::Reduce { dst, .. } if dst == me => vec![combine(0)],
             Op::Broadcast { src } if src != me => vec![parts[src][0].clone()],
             Op::AllGather => parts.iter().map(|p| p[0].clone()).collect(),
             Op::Gather { dst } if dst == me => parts.iter().map(|p| p[0].clone()).collect(),
             Op::Scatter { src } => vec![parts[src][me].clone()],
-            Op::ReduceScatter(op) => vec![combine(op, me)],
+            Op::ReduceScatter(_) => vec![combine(me)],
             Op::AllToAll => parts.iter().map(|p| p[me].clone()).collect(),
             _ => Vec::new(),
         };
@@ -231,6 +239,10 @@ impl Shared {
             })?;
         }
         Ok(())
+    }
+
+    fn elements(&self, part: &[u8], kind: Kind) -> Tensor {
+        Tensor::from_data_size(part, &[(part.len() / kind.elt_size_in_bytes()) as i64], kind)
     }
 
     fn message(&self, transfer: &Transfer, number: Option<u64>) -> Result<Receipt> {

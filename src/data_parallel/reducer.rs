@@ -57,6 +57,8 @@ struct State {
     /// Inside `DistributedDataParallel::backward`, which ends the step itself.
     ends_itself: bool,
     hook: Option<Box<dyn CommHook>>,
+    /// A number that requires a gradient: what is computed from it tells whether graphs are recorded.
+    probe: Tensor,
 }
 
 impl State {
@@ -131,6 +133,7 @@ impl Reducer {
                 synced_forward: true,
                 ends_itself: false,
                 hook: None,
+                probe: Tensor::f_zeros([], (Kind::Float, Device::Cpu))?.f_requires_grad_(true)?,
             }),
         };
         reducer.set_plan(&mut reducer.state.lock(), &buckets::reverse_order(count))?;
@@ -149,12 +152,9 @@ impl Reducer {
         self.state.lock().parameters.iter().enumerate().map(listen).collect()
     }
 
-    /// Whether a forward now would record a graph: an alias of a parameter says so.
+    /// Whether a forward now would record a graph.
     pub(super) fn gradients_are_recorded(&self) -> Result<bool> {
-        match self.state.lock().parameters.first() {
-            Some(parameter) => Ok(parameter.tensor.f_alias()?.requires_grad()),
-            None => Ok(false),
-        }
+        Ok(self.state.lock().probe.f_neg()?.requires_grad())
     }
 
     pub(super) fn is_paused(&self) -> bool {
@@ -473,7 +473,9 @@ fn flat_buffers(parameters: &[Parameter], plan: &Plan) -> Result<(Vec<Tensor>, V
         for &member in members {
             let tensor = &parameters[member].tensor;
             let numel = tensor.numel() as i64;
-            views[member] = Some(flat.f_narrow(0, start, numel)?.f_view(tensor.size().as_slice())?);
+            // `data`: no view to autograd, so that optimizers may detach and zero it in place.
+            let view = flat.f_narrow(0, start, numel)?.f_view(tensor.size().as_slice())?;
+            views[member] = Some(view.data());
             start += numel;
         }
         flats.push(flat);

@@ -17,6 +17,8 @@ mod memory;
 mod p2p;
 mod plan;
 mod progress;
+#[allow(dead_code)]
+pub(crate) mod shm;
 mod stamp;
 #[cfg(test)]
 mod tests;

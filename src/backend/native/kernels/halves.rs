@@ -1,7 +1,9 @@
 //! 16-bit floats to f32 and back, rounding to nearest even.
 
+#[cfg(test)]
+use half::bf16;
+use half::f16;
 use half::slice::HalfFloatSliceExt;
-use half::{bf16, f16};
 
 /// The two 16-bit floats.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,0 +1,159 @@
+//! How the ranks of a host come to share a segment.
+
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Instant;
+use std::{fmt, io};
+
+use rustix::fs::{Mode, OFlags};
+
+use super::segment::{DEPTH, Layout, Segment};
+use super::{Inner, SharedMemory};
+use crate::backend::BackendContext;
+use crate::backend::native::transport::Transport;
+use crate::{Error, Result};
+
+/// The most staging memory of a process, over all its groups.
+const BUDGET: usize = 32 << 20;
+/// The largest chunk: two of them, and what they are combined with, stay in a second-level cache.
+const CHUNK: usize = 256 << 10;
+/// The smallest.
+const CHUNK_LEAST: usize = 4 << 10;
+/// Overrides [`CHUNK`].
+const CHUNK_VARIABLE: &str = "TCH_DISTRIBUTED_SHM_CHUNK";
+
+static RESERVED: AtomicUsize = AtomicUsize::new(0);
+
+/// A part of the budget.
+#[derive(Debug)]
+pub(super) struct Reserved(usize);
+
+impl Reserved {
+    pub(super) fn new(bytes: usize) -> Self {
+        RESERVED.fetch_add(bytes, Ordering::AcqRel);
+        Self(bytes)
+    }
+}
+
+impl Drop for Reserved {
+    fn drop(&mut self) {
+        RESERVED.fetch_sub(self.0, Ordering::AcqRel);
+    }
+}
+
+fn staging(ranks: usize, chunk: usize) -> usize {
+    DEPTH * (ranks + 1) * chunk
+}
+
+/// The chunk that this process can afford: at most a quarter of the budget for one group, and half of
+/// what is left.
+fn affordable(ranks: usize) -> usize {
+    let asked = std::env::var(CHUNK_VARIABLE).ok().and_then(|v| v.parse().ok());
+    let left = BUDGET.saturating_sub(RESERVED.load(Ordering::Acquire));
+    let mut chunk = asked.unwrap_or(CHUNK).next_power_of_two().clamp(CHUNK_LEAST, 4 << 20);
+    while chunk > CHUNK_LEAST && staging(ranks, chunk) > (BUDGET / 4).min(left / 2) {
+        chunk /= 2;
+    }
+    chunk
+}
+
+/// Connects the ranks of a group that are all on one host, through keys `shm/…` of its store.
+///
+/// # Errors
+/// `BackendUnavailable`, on all ranks, when one of them cannot map the memory: then another transport
+/// is needed. What the store fails with.
+pub(crate) fn connect(context: &BackendContext) -> Result<Arc<dyn Transport>> {
+    Ok(Arc::new(share(context)?))
+}
+
+pub(super) fn share(context: &BackendContext) -> Result<SharedMemory> {
+    let deadline = Instant::now() + context.timeout;
+    let get = |key: &str| {
+        context.store.wait(&[key], deadline.saturating_duration_since(Instant::now()))?;
+        context.store.get(key)
+    };
+    let ranks = context.size;
+    context.store.set(&format!("shm/chunk/{}", context.rank), affordable(ranks).to_string().as_bytes())?;
+    // The leader's descriptor stays open until everybody has had the chance to open it.
+    let (attempt, _descriptor) = if context.rank == 0 {
+        let mut chunk = CHUNK_LEAST.max(4 << 20);
+        for r in 0..ranks {
+            let offer = get(&format!("shm/chunk/{r}"))?;
+            let offer = std::str::from_utf8(&offer).ok().and_then(|v| v.parse().ok());
+            chunk = chunk.min(offer.unwrap_or(CHUNK_LEAST)).max(CHUNK_LEAST);
+        }
+        let layout = Layout::new(ranks, chunk);
+        match Segment::create(layout) {
+            Ok((segment, descriptor)) => {
+                let nonce = segment.sign(nonce());
+                let process = std::process::id();
+                let words = format!("{process} {} {chunk} {nonce}", descriptor.as_raw_fd());
+                context.store.set("shm/segment", words.as_bytes())?;
+                (Ok(segment), Some(descriptor))
+            }
+            Err(e) => {
+                context.store.set("shm/segment", b"")?;
+                (Err(e), None)
+            }
+        }
+    } else {
+        (open(ranks, &get("shm/segment")?), None)
+    };
+    // All or none: the last to vote counts.
+    if let Err(reason) = &attempt {
+        context.store.set("shm/refusal", format!("rank {}: {reason}", context.rank).as_bytes())?;
+        context.store.add("shm/refused", 1)?;
+    }
+    if context.store.add("shm/voted", 1)? == ranks as i64 {
+        let verdict = match context.store.add("shm/refused", 0)? {
+            0 => Vec::new(),
+            _ => get("shm/refusal")?,
+        };
+        context.store.set("shm/verdict", &verdict)?;
+    }
+    let verdict = get("shm/verdict")?;
+    match attempt {
+        Ok(segment) if verdict.is_empty() => {
+            let reserved = Reserved::new(staging(ranks, segment.layout.chunk));
+            Ok(SharedMemory { inner: Arc::new(Inner::new(segment, context.rank, reserved)) })
+        }
+        _ => Err(Error::BackendUnavailable {
+            backend: "native".to_owned(),
+            reason: format!("ranks cannot share memory: {}", String::from_utf8_lossy(&verdict)),
+        }),
+    }
+}
+
+/// Opens the leader's segment through `/proc`, and makes sure that it is that.
+fn open(ranks: usize, words: &[u8]) -> io::Result<Segment> {
+    let words = String::from_utf8_lossy(words);
+    let mut words = words.split(' ');
+    let mut number = || words.next().and_then(|w| w.parse::<u64>().ok());
+    let (Some(process), Some(descriptor), Some(chunk), Some(nonce)) =
+        (number(), number(), number(), number())
+    else {
+        return Err(io::Error::other("rank 0 has no segment"));
+    };
+    let path = format!("/proc/{process}/fd/{descriptor}");
+    let failed = |e: &dyn fmt::Display| io::Error::other(format!("{path}: {e}"));
+    let descriptor: OwnedFd =
+        rustix::fs::open(&path, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).map_err(|e| failed(&e))?;
+    let chunk = chunk as usize;
+    if !chunk.is_power_of_two() || !(CHUNK_LEAST..=4 << 20).contains(&chunk) {
+        return Err(failed(&"its chunk size makes no sense"));
+    }
+    let segment = Segment::open(&descriptor, Layout::new(ranks, chunk)).map_err(|e| failed(&e))?;
+    if segment.signature() != nonce {
+        return Err(failed(&"it belongs to another group"));
+    }
+    Ok(segment)
+}
+
+/// A number that no other group has.
+fn nonce() -> u64 {
+    use std::hash::{BuildHasher, Hasher};
+    let mut hasher = std::collections::hash_map::RandomState::new().build_hasher();
+    hasher.write_u32(std::process::id());
+    hasher.finish()
+}

@@ -1,0 +1,175 @@
+//! Ranks of one host over shared memory. README.md describes the protocol.
+
+mod combine;
+mod connect;
+mod lists;
+mod machine;
+mod protocol;
+mod segment;
+mod stages;
+#[cfg(test)]
+mod tests;
+mod wait;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::time::Instant;
+
+pub(crate) use connect::connect;
+
+use self::machine::Machine;
+use self::protocol::{arm, doze, ring};
+use self::segment::Segment;
+use self::wait::{Next, Wait};
+use super::transport::{Progress, Run, Stamp, Transport};
+use crate::Result;
+use crate::backend::Call;
+
+/// The shared-memory transport of one group, as one of its ranks has it.
+#[derive(Debug)]
+pub(crate) struct SharedMemory {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    segment: Segment,
+    rank: usize,
+    /// Whether there are more ranks than cores.
+    crowded: bool,
+    /// The number of the last call begun here.
+    begun: AtomicU64,
+    /// The number of the last call that ended here.
+    ended: AtomicU64,
+    /// How many runs there are: whether `park` may find its bell awake because it was rung.
+    runs: AtomicUsize,
+    failed: AtomicBool,
+    interrupted: AtomicBool,
+    /// Returned to the process's budget when the segment goes.
+    _reserved: connect::Reserved,
+}
+
+impl Inner {
+    fn new(segment: Segment, rank: usize, reserved: connect::Reserved) -> Self {
+        let crowded = segment.layout.ranks > num_cpus::get();
+        Self {
+            segment,
+            rank,
+            crowded,
+            begun: AtomicU64::new(0),
+            ended: AtomicU64::new(0),
+            runs: AtomicUsize::new(0),
+            failed: AtomicBool::new(false),
+            interrupted: AtomicBool::new(false),
+            _reserved: reserved,
+        }
+    }
+
+    fn ranks(&self) -> usize {
+        self.segment.layout.ranks
+    }
+
+    fn finished(&self) -> u64 {
+        self.ended.load(Ordering::Acquire)
+    }
+
+    fn finish(&self, round: u64) {
+        self.ended.store(round, Ordering::Release);
+    }
+
+    fn failed(&self) -> bool {
+        self.failed.load(Ordering::Acquire)
+    }
+
+    fn bell(&self) -> &AtomicU32 {
+        self.segment.bell(self.rank)
+    }
+
+    fn other_bells(&self) -> impl Iterator<Item = &AtomicU32> {
+        (0..self.ranks()).filter(|&r| r != self.rank).map(|r| self.segment.bell(r))
+    }
+
+    fn begin<'a>(&self, call: Call<'a>, stamp: Stamp) -> Result<Machine<'a>> {
+        // A call that cannot be made has no number: nothing of it is seen by the others.
+        let mut machine = Machine::new(self, call, stamp)?;
+        machine.number(self.begun.fetch_add(1, Ordering::AcqRel) + 1);
+        Ok(machine)
+    }
+}
+
+impl Transport for SharedMemory {
+    fn start<'a>(&self, call: Call<'a>, stamp: Stamp) -> Result<Box<dyn Run + 'a>> {
+        let machine = self.inner.begin(call, stamp)?;
+        self.inner.runs.fetch_add(1, Ordering::AcqRel);
+        Ok(Box::new(SharedRun { inner: self.inner.clone(), machine }))
+    }
+
+    fn run_inline<'a>(&self, call: Call<'a>, stamp: Stamp, deadline: Instant) -> Result<Option<Call<'a>>> {
+        let inner = &*self.inner;
+        let mut machine = inner.begin(call, stamp)?;
+        let mut wait = Wait::new(inner);
+        let mut armed = false;
+        loop {
+            match machine.advance(inner)? {
+                Progress::Done => return Ok(None),
+                Progress::Moved => {
+                    wait.moved();
+                    armed = false;
+                }
+                Progress::Idle => {
+                    let next = if armed { Wait::sleep(inner, deadline) } else { wait.idle(inner, deadline)? };
+                    armed = next == Next::LookThenSleep;
+                    if next == Next::Late {
+                        return Err(machine.timed_out(inner));
+                    }
+                }
+            }
+        }
+    }
+
+    fn park(&self, until: Instant) {
+        let inner = &*self.inner;
+        if inner.runs.load(Ordering::Acquire) == 0 {
+            arm(inner.bell());
+        }
+        // A run that found nothing has armed the bell. Whoever interrupts sets the flag, then rings.
+        let left = until.saturating_duration_since(Instant::now());
+        if !inner.interrupted.swap(false, Ordering::SeqCst) && !left.is_zero() {
+            doze(inner.bell(), u64::try_from(left.as_nanos()).unwrap_or(u64::MAX));
+        }
+    }
+
+    fn interrupt(&self) {
+        self.inner.interrupted.store(true, Ordering::SeqCst);
+        ring(self.inner.bell());
+    }
+
+    fn fail(&self) {
+        self.inner.failed.store(true, Ordering::SeqCst);
+        self.interrupt();
+    }
+}
+
+/// A collective driven by the progress engine.
+struct SharedRun<'a> {
+    inner: Arc<Inner>,
+    machine: Machine<'a>,
+}
+
+impl Run for SharedRun<'_> {
+    fn advance(&mut self) -> Result<Progress> {
+        let progress = self.machine.advance(&self.inner)?;
+        if progress != Progress::Idle {
+            return Ok(progress);
+        }
+        // The caller may sleep now: ask to be woken, and look once more.
+        arm(self.inner.bell());
+        self.machine.advance(&self.inner)
+    }
+}
+
+impl Drop for SharedRun<'_> {
+    fn drop(&mut self) {
+        self.inner.runs.fetch_sub(1, Ordering::AcqRel);
+    }
+}

@@ -86,3 +86,8 @@ pub mod testing;
 pub use backend::{is_backend_available, register_backend};
 pub use error::{Error, Result};
 pub use process_group::*;
+
+/// The README's programs are compiled, and where they can be, run.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -80,6 +80,7 @@ mod notice;
 pub mod process_group;
 pub mod profile;
 pub mod random;
+mod rendezvous;
 pub mod store;
 pub mod testing;
 

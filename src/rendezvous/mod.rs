@@ -1,0 +1,242 @@
+//! How ranks find each other: who this rank is, where they meet, and that they are all there.
+//!
+//! Whatever can be seen to be wrong is an error before anything is waited for. A wait says after ten
+//! seconds, and then every thirty, which ranks it is for.
+
+pub(crate) mod environment;
+mod hello;
+mod patience;
+mod place;
+
+#[cfg(test)]
+mod tests;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use once_cell::sync::Lazy;
+use parking_lot::Mutex;
+
+use environment::Lookup;
+use hello::{Hello, Meeting, Venue, failed, mixed};
+use patience::Patience;
+use place::{Method, Place};
+
+use crate::notice::notice;
+use crate::store::wire::{self, NoWire, Wire};
+use crate::store::{FileStore, HashStore, PrefixStore, Store, TcpStore, place as address};
+use crate::{Error, Result};
+
+/// What a rank was told.
+pub(crate) struct RendezvousRequest {
+    pub(crate) init_method: Option<String>,
+    pub(crate) store: Option<Arc<dyn Store>>,
+    pub(crate) rank: Option<usize>,
+    pub(crate) world_size: Option<usize>,
+    pub(crate) timeout: Duration,
+    pub(crate) group_name: String,
+    /// The backend as the user wrote it: all ranks must have the same.
+    pub(crate) backend_name: String,
+    /// Every backend is libtorch's own, so that Python ranks can be in the world: the store holds
+    /// PyTorch's keys and nothing of ours.
+    pub(crate) pytorch_keys: bool,
+}
+
+/// A world whose ranks have met.
+pub(crate) struct Rendezvous {
+    /// Keys of this world alone; for worlds with PyTorch's keys what PyTorch hands to its groups.
+    pub(crate) store: Arc<dyn Store>,
+    pub(crate) rank: usize,
+    pub(crate) world_size: usize,
+    /// Among the ranks of this host: from the launcher, or counted. `None` where nobody can tell.
+    pub(crate) local_rank: Option<usize>,
+}
+
+/// The last store that this process served. It outlives its world: other ranks may still read, and
+/// the next world of this process may meet in it.
+static SERVED: Lazy<Mutex<Option<Arc<TcpStore>>>> = Lazy::new(Mutex::default);
+
+/// Meets the other ranks.
+pub(crate) fn rendezvous(request: RendezvousRequest) -> Result<Rendezvous> {
+    rendezvous_in(request, &environment::process)
+}
+
+fn rendezvous_in(request: RendezvousRequest, env: Lookup<'_>) -> Result<Rendezvous> {
+    if request.store.is_some() && request.init_method.is_some() {
+        return Err(Error::invalid("store", "a store and an init method cannot both be given"));
+    }
+    let method = Method::read(request.init_method.as_deref().unwrap_or("env://"))?;
+    let world_size = choose("world_size", request.world_size, method.world_size)?;
+    let world_size = match world_size {
+        None => environment::world_size(env)?,
+        given => given,
+    };
+    let rank = match choose("rank", request.rank, method.rank)? {
+        None => environment::rank(env)?,
+        given => given,
+    };
+    let (rank, world_size) = match (rank, world_size) {
+        (None, Some(1)) => (0, 1),
+        (None, _) => {
+            return Err(Error::MissingArgument {
+                argument: "rank",
+                builder: "InitOptions::rank",
+                variable: "RANK",
+            });
+        }
+        (Some(_), None) => {
+            return Err(Error::MissingArgument {
+                argument: "world_size",
+                builder: "InitOptions::world_size",
+                variable: "WORLD_SIZE",
+            });
+        }
+        (Some(rank), Some(size)) => (rank, size),
+    };
+    if world_size == 0 {
+        return Err(Error::invalid("world_size", "it is 0, expected at least one rank"));
+    }
+    if rank >= world_size {
+        return Err(Error::RankOutOfRange { rank, size: world_size });
+    }
+    let local_rank = environment::local_rank(env)?;
+    if world_size == 1 {
+        let store = request.store.unwrap_or_else(|| Arc::new(HashStore::new()));
+        return Ok(Rendezvous { store, rank, world_size, local_rank: local_rank.or(Some(0)) });
+    }
+    let mut venue = |store, served, name| Venue { store, served, name, restarts: environment::restarts(env) };
+    let venue = match request.store.clone() {
+        Some(store) => venue(store, None, "the given store".to_owned()),
+        None => match method.place.find(env)? {
+            Place::File(path) => {
+                let store = Arc::new(FileStore::with_workers(&path, Some(world_size))?);
+                venue(store, None, format!("file {}", path.display()))
+            }
+            Place::Tcp { host, port, agent } => {
+                let name = address(&host, port);
+                let store = tcp(&host, port, rank, agent, &request)?;
+                let served = (!agent).then(|| store.clone());
+                venue(store, served, name)
+            }
+            Place::Environment => return Err(failed("env:// has no address")),
+        },
+    };
+    if request.pytorch_keys {
+        if let Some(served) = &venue.served {
+            join_pytorch(&venue, served, rank, world_size, request.timeout)?;
+        }
+        // A store of the user's is the groups' own; else PyTorch puts this before all.
+        let store: Arc<dyn Store> = match request.store {
+            Some(store) => store,
+            None => Arc::new(PrefixStore::new("default_pg", venue.store)),
+        };
+        return Ok(Rendezvous { store, rank, world_size, local_rank });
+    }
+    let hello = Hello::new(world_size, request.backend_name, request.group_name, environment::run_id(env));
+    let met = Meeting::new(&venue, rank, hello, request.timeout).run()?;
+    let counted = met.hosts.get(rank).map(|own| met.hosts[..rank].iter().filter(|host| *host == own).count());
+    Ok(Rendezvous { store: met.store, rank, world_size, local_rank: local_rank.or(counted) })
+}
+
+/// What was given in the options or in the address, if not both differently.
+fn choose(argument: &'static str, option: Option<usize>, query: Option<usize>) -> Result<Option<usize>> {
+    match (option, query) {
+        (Some(option), Some(query)) if option != query => Err(Error::invalid(
+            argument,
+            format!("{option} is given with InitOptions::{argument}, and {query} in the init method"),
+        )),
+        _ => Ok(option.or(query)),
+    }
+}
+
+/// The store of a TCP address: rank 0 serves it, unless the launcher does.
+fn tcp(
+    host: &str,
+    port: u16,
+    rank: usize,
+    agent: bool,
+    request: &RendezvousRequest,
+) -> Result<Arc<TcpStore>> {
+    let place = address(host, port);
+    let addresses = wire::resolve(host, port).map_err(|reason| failed(format!("{place}: {reason}")))?;
+    let timeout = request.timeout;
+    if rank == 0 && !agent {
+        if !wire::is_here(&addresses) {
+            notice(format_args!(
+                "rank 0 serves the store, but {host} is not an address of this machine: others may look elsewhere"
+            ));
+        }
+        return serve(host, port, request);
+    }
+    let mut patience = Patience::new(timeout);
+    let who = if agent { "the launcher's store".to_owned() } else { "rank 0".to_owned() };
+    let knock = Wire::knock(host, port, timeout, |error| {
+        patience.speak(|| format!("{who} at {place} ({error})"));
+    });
+    knock.map_err(|error| match error {
+        NoWire::Wrong(reason) => failed(format!("{place}: {reason}")),
+        NoWire::Late(error) => failed(format!(
+            "{who} did not come to {place} within {timeout:?} ({error}): is it running, and is this its address?"
+        )),
+    })?;
+    let store = TcpStore::client(host, port, timeout)?;
+    Ok(Arc::new(store))
+}
+
+fn serve(host: &str, port: u16, request: &RendezvousRequest) -> Result<Arc<TcpStore>> {
+    let mut served = SERVED.lock();
+    if let Some(store) = served.take_if(|store| store.port() == port)
+        && !request.pytorch_keys
+    {
+        // PyTorch's keys would be there from the last world; ours tell worlds apart.
+        store.set_timeout(request.timeout);
+        *served = Some(store.clone());
+        return Ok(store);
+    }
+    match TcpStore::server(host, port, request.timeout) {
+        Ok(store) => {
+            let store = Arc::new(store);
+            *served = Some(store.clone());
+            Ok(store)
+        }
+        Err(Error::Store { reason, .. }) => {
+            // Another rank 0 of this job? Then both are to know.
+            if !request.pytorch_keys
+                && Wire::knock("127.0.0.1", port, Duration::from_secs(1), |_| ()).is_ok()
+                && let Ok(store) = TcpStore::client("127.0.0.1", port, Duration::from_secs(5))
+                && store.check(&[&format!("tchd/{}/job", environment::restarts(&environment::process))])?
+            {
+                return Ok(Arc::new(store));
+            }
+            Err(failed(format!("rank 0 cannot serve the store at {}: {reason}", address(host, port))))
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Joins as PyTorch's ranks join. Rank 0 waits for all; that there is a native rank is seen here.
+fn join_pytorch(venue: &Venue, store: &TcpStore, rank: usize, size: usize, timeout: Duration) -> Result<()> {
+    let lost = |e: std::io::Error| failed(format!("lost the store at {}: {e}", venue.name));
+    let base = hello::base(venue);
+    let mut wire = store.wire().map_err(lost)?;
+    let mut joined = wire.join().map_err(lost)?;
+    let mut patience = Patience::new(timeout);
+    loop {
+        if base.check(&["job"])? || base.check(&["python"])? {
+            return Err(failed(mixed("native", &venue.name)));
+        }
+        if rank != 0 || joined >= size as i64 {
+            return Ok(());
+        }
+        let absent = size as i64 - joined;
+        patience.speak(|| format!("{absent} of {size} ranks at {}", venue.name));
+        if !patience.pause() {
+            return Err(failed(format!(
+                "{joined} of {size} ranks came to {} within {timeout:?}: who is missing cannot be told where \
+                 PyTorch's own process groups meet",
+                venue.name
+            )));
+        }
+        joined = wire.workers().map_err(lost)?;
+    }
+}

@@ -13,7 +13,8 @@ use super::groups::{Formation, form};
 
 use super::spec::BackendSpec;
 use super::state::Universe;
-use crate::store::{HashStore, PrefixStore, Store};
+use crate::rendezvous::{RendezvousRequest, rendezvous};
+use crate::store::{PrefixStore, Store};
 use crate::{Error, Result};
 
 /// How long a call may take unless told otherwise.
@@ -186,10 +187,22 @@ pub fn init_process_group(backend: impl Into<BackendSpec>, options: InitOptions)
 }
 
 fn form_world(spec: BackendSpec, options: InitOptions) -> Result<ProcessGroup> {
-    spec.resolve()?;
-    let met = meet(&options)?;
-    let base = PrefixStore::new("0/", met.store);
+    let (cpu, cuda) = spec.resolve()?;
     let timeout = options.timeout.unwrap_or_else(|| default_timeout(&spec));
+    let names: Vec<&str> = cpu.iter().chain(&cuda).map(String::as_str).collect();
+    let met = rendezvous(RendezvousRequest {
+        init_method: options.init_method,
+        store: options.store,
+        rank: options.rank,
+        world_size: options.world_size,
+        timeout,
+        group_name: options.group_name.clone().unwrap_or_default(),
+        // The same on ranks with and without a GPU where the user left the choice to us.
+        backend_name: names.first().copied().unwrap_or_default().to_owned(),
+        pytorch_keys: names.iter().all(|name| matches!(*name, "gloo" | "nccl")),
+    })?;
+    let local_rank = met.local_rank.unwrap_or(met.rank);
+    let base = PrefixStore::new("0/", met.store);
     let detail = options.detail.unwrap_or_else(|| {
         std::env::var("TORCH_DISTRIBUTED_DEBUG").is_ok_and(|level| level.eq_ignore_ascii_case("detail"))
     });
@@ -200,7 +213,7 @@ fn form_world(spec: BackendSpec, options: InitOptions) -> Result<ProcessGroup> {
         store: Arc::new(base),
         spec,
         timeout,
-        universe: Universe::new(met.rank, met.world_size, met.local_rank),
+        universe: Universe::new(met.rank, met.world_size, local_rank),
         detail,
         world: true,
     })
@@ -211,53 +224,6 @@ fn default_timeout(spec: &BackendSpec) -> Duration {
         Ok((None, Some(_))) => DEFAULT_NCCL_TIMEOUT,
         _ => DEFAULT_TIMEOUT,
     }
-}
-
-struct Met {
-    store: Arc<dyn Store>,
-    rank: usize,
-    world_size: usize,
-    local_rank: usize,
-}
-
-/// Finds out who this rank is and where the others are.
-fn meet(options: &InitOptions) -> Result<Met> {
-    if options.store.is_some() && options.init_method.is_some() {
-        return Err(Error::invalid("store", "a store and an init method cannot both be given"));
-    }
-    let from_environment = |name: &'static str| -> Result<Option<usize>> {
-        let Ok(text) = std::env::var(name) else { return Ok(None) };
-        let wrong =
-            |_| Error::invalid(name, format!("the environment variable {name}={text:?} is no number"));
-        text.trim().parse().map(Some).map_err(wrong)
-    };
-    let rank = options.rank.map_or_else(|| from_environment("RANK"), |rank| Ok(Some(rank)))?;
-    let rank = rank.ok_or(Error::MissingArgument {
-        argument: "rank",
-        builder: "InitOptions::rank",
-        variable: "RANK",
-    })?;
-    let size = options.world_size.map_or_else(|| from_environment("WORLD_SIZE"), |size| Ok(Some(size)))?;
-    let world_size = size.ok_or(Error::MissingArgument {
-        argument: "world_size",
-        builder: "InitOptions::world_size",
-        variable: "WORLD_SIZE",
-    })?;
-    if world_size == 0 {
-        return Err(Error::invalid("world_size", "a world has at least one rank"));
-    }
-    if rank >= world_size {
-        return Err(Error::RankOutOfRange { rank, size: world_size });
-    }
-    let local_rank = from_environment("LOCAL_RANK")?.unwrap_or(rank);
-    let store = match &options.store {
-        Some(store) => store.clone(),
-        None if world_size == 1 => Arc::new(HashStore::new()),
-        None => {
-            return Err(Error::Rendezvous { reason: "a world of several ranks needs a store".to_owned() });
-        }
-    };
-    Ok(Met { store, rank, world_size, local_rank })
 }
 
 /// Leaves all groups of this rank in good order, the newest first, and forgets the default one.

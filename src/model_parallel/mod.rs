@@ -4,8 +4,10 @@
 //! stages that work on micro-batches at the same time.
 
 mod escape;
+mod gradients;
 mod mesh;
 pub mod pipeline;
 pub mod tensor;
 
+pub use gradients::{LossScaler, clip_grad_norm, sync_gradients};
 pub use mesh::DeviceMesh;

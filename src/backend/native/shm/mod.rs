@@ -4,6 +4,8 @@ mod combine;
 mod connect;
 mod lists;
 mod machine;
+#[cfg(test)]
+mod model;
 mod protocol;
 mod segment;
 mod stages;

@@ -112,3 +112,56 @@ impl Drop for Workplace {
         let _ = fs::remove_dir_all(&self.folder);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::thread;
+
+    use super::*;
+
+    #[test]
+    fn only_one_set_up_at_a_time_has_the_lock() {
+        let cache = tempfile::tempdir().unwrap();
+        let busy = AtomicBool::new(false);
+        thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..50 {
+                        let _lock = Lock::take(cache.path()).unwrap();
+                        assert!(!busy.swap(true, Ordering::SeqCst), "two have the lock");
+                        thread::yield_now();
+                        busy.store(false, Ordering::SeqCst);
+                    }
+                });
+            }
+        });
+    }
+
+    #[test]
+    fn what_an_interrupted_set_up_left_is_removed_and_its_whole_wheels_are_kept() {
+        let cache = tempfile::tempdir().unwrap();
+        let lock = Lock::take(cache.path()).unwrap();
+        let left = cache.path().join("partial/work-1/new/torch");
+        fs::create_dir_all(&left).unwrap();
+        fs::create_dir_all(lock.wheels()).unwrap();
+        fs::write(lock.wheels().join("a.whl"), "a").unwrap();
+
+        let workplace = lock.workplace().unwrap();
+        assert!(!left.exists() && lock.wheels().join("a.whl").is_file());
+        let folder = workplace.folder("new").unwrap();
+        drop(workplace);
+        assert!(!folder.exists());
+        lock.clear().unwrap();
+        assert!(!lock.wheels().exists());
+    }
+
+    #[test]
+    fn a_full_disk_is_found_before_the_download_and_says_what_to_do() {
+        let cache = tempfile::tempdir().unwrap();
+        let lock = Lock::take(cache.path()).unwrap();
+        lock.need_room(1).unwrap();
+        let error = lock.need_room(u64::MAX).unwrap_err().to_string();
+        assert!(error.contains("MB free") && error.contains("TCH_DISTRIBUTED_CACHE"), "{error}");
+    }
+}

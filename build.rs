@@ -11,7 +11,7 @@ use std::env;
 use libtorch::Libtorch;
 
 /// Each is a cxx bridge `src/libtorch/NAME.rs` beside its `NAME.cpp` and `NAME.h`.
-const BRIDGES: &[&str] = &["facts", "function", "generator", "hooks", "list", "store", "tensor"];
+const BRIDGES: &[&str] = &["c10d", "facts", "function", "generator", "hooks", "list", "store", "tensor"];
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
@@ -42,6 +42,8 @@ fn compile(libtorch: &Libtorch) -> Result<(), String> {
     for name in BRIDGES {
         build.file(format!("src/libtorch/{name}.cpp"));
     }
+    build.file("src/libtorch/c10d/gloo.cpp").file("src/libtorch/c10d/no_nccl.cpp");
+    build.include("src/libtorch/c10d/headers");
     println!("cargo::rerun-if-changed=src/libtorch");
     build
         .includes(libtorch.include_folders())

@@ -4,6 +4,7 @@
 //! [`Transfer`]s. Everything else (argument checks, non-contiguous tensors, object forms,
 //! coalescing, uneven shapes, blocking forms) is derived above it, once.
 
+mod c10d;
 mod call;
 mod completion;
 mod registry;

@@ -6,12 +6,14 @@ use std::sync::Arc;
 use once_cell::sync::Lazy;
 use parking_lot::RwLock;
 
-use super::{BackendFactory, native};
+use super::{BackendFactory, c10d, native};
 use crate::{Error, Result};
 
 static REGISTRY: Lazy<RwLock<BTreeMap<String, Arc<dyn BackendFactory>>>> = Lazy::new(|| {
     let mut map = BTreeMap::<String, Arc<dyn BackendFactory>>::new();
     map.insert("native".to_owned(), Arc::new(native::create));
+    map.insert("gloo".to_owned(), Arc::new(c10d::create_gloo));
+    map.insert("nccl".to_owned(), Arc::new(c10d::create_nccl));
     RwLock::new(map)
 });
 
@@ -37,31 +39,29 @@ pub fn register_backend(name: &str, factory: impl BackendFactory) -> Result<()> 
 
 /// Whether a backend of this name can be used here: `native`, `gloo`, `nccl`, or a registered name.
 ///
+/// `nccl` needs the cargo feature of that name and a CUDA device; without them
+/// [`init_process_group`](crate::init_process_group) says which is missing.
+///
 /// ```
 /// assert!(tch_distributed::is_backend_available("native"));
+/// assert!(tch_distributed::is_backend_available("gloo"));
 /// assert!(!tch_distributed::is_backend_available("carrier-pigeon"));
 /// ```
 pub fn is_backend_available(name: &str) -> bool {
-    REGISTRY.read().contains_key(&name.to_lowercase())
+    factory(name).is_ok()
 }
 
-/// libtorch's engines, which not every build has.
-const OPTIONAL: [(&str, &str); 2] = [
-    ("gloo", "this build of the crate does not contain libtorch's Gloo"),
-    (
-        "nccl",
-        "this build of the crate does not contain libtorch's NCCL: it needs CUDA and the feature `nccl`",
-    ),
-];
-
-/// The factory of a name, or an error that lists the known ones.
+/// The factory of a name, or why there is none.
 pub(crate) fn factory(name: &str) -> Result<Arc<dyn BackendFactory>> {
     let name = name.to_lowercase();
     let found = REGISTRY.read().get(&name).cloned();
-    found.ok_or_else(|| match OPTIONAL.iter().find(|(optional, _)| *optional == name) {
-        Some((_, reason)) => Error::BackendUnavailable { backend: name, reason: (*reason).to_owned() },
-        None => Error::UnknownBackend { name, known: known_backends() },
-    })
+    let found = found.ok_or_else(|| Error::UnknownBackend { name: name.clone(), known: known_backends() })?;
+    if name == "nccl"
+        && let Some(reason) = c10d::nccl_unavailable()
+    {
+        return Err(Error::BackendUnavailable { backend: name, reason });
+    }
+    Ok(found)
 }
 
 /// Every known name.

@@ -1,5 +1,6 @@
 //! The one room of unsafe FFI: a Rust face and C++ side by side, one pair of files a subject.
 
+mod c10d;
 mod facts;
 mod function;
 mod generator;
@@ -9,6 +10,7 @@ mod raised;
 mod store;
 mod tensor;
 
+pub(crate) use c10d::{C10dBackend, C10dMember, C10dReduce, C10dWork, Told, has_nccl};
 pub(crate) use facts::{Facts, NoFacts, facts};
 pub(crate) use function::{RawFunction, apply_function, grad_enabled};
 pub(crate) use generator::RawGenerator;

@@ -1,0 +1,160 @@
+//! How operands are combined: what an engine does itself, and what is done before and after.
+
+use tch::{Kind, Tensor};
+
+use crate::libtorch::C10dReduce;
+use crate::{ReduceOp, Result};
+
+/// Which of libtorch's engines.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Flavor {
+    Gloo,
+    Nccl,
+}
+
+impl Flavor {
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Gloo => "gloo",
+            Self::Nccl => "nccl",
+        }
+    }
+}
+
+/// As c10d numbers them.
+const SUM: u8 = 0;
+const AVG: u8 = 1;
+const PRODUCT: u8 = 2;
+const MIN: u8 = 3;
+const MAX: u8 = 4;
+const BIT_AND: u8 = 5;
+const BIT_OR: u8 = 6;
+const BIT_XOR: u8 = 7;
+const PREMUL_SUM: u8 = 8;
+
+/// One reduction in the engine's terms.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Combine {
+    /// What the engine does.
+    pub(super) how: C10dReduce,
+    /// As what the engine sees the elements.
+    seen_as: Kind,
+    /// What operands are multiplied by before.
+    scale: Option<f64>,
+    /// What is done to the result.
+    after: After,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum After {
+    Nothing,
+    /// Divided by the number of ranks.
+    Divide(usize),
+    /// Any byte but 0 is true.
+    Truth,
+}
+
+/// How to combine elements of a kind, or what the engine cannot do, in words.
+pub(super) fn combine(flavor: Flavor, op: ReduceOp, kind: Kind, size: usize) -> Result<Combine, String> {
+    use Kind::*;
+    let cannot = || Err(format!("{op} of {kind:?}"));
+    let float = matches!(kind, Float | Double | Half | BFloat16);
+    let integer = matches!(kind, Int8 | Uint8 | Int | Int64);
+    let seen_as = match kind {
+        _ if float || integer => kind,
+        Bool => Uint8,
+        ComplexFloat => Float,
+        ComplexDouble => Double,
+        _ => return cannot(),
+    };
+    let complex = seen_as != kind && kind != Bool;
+    let (mut scale, mut factor, mut after) = (None, 0.0, After::Nothing);
+    if kind == Bool {
+        after = After::Truth;
+    }
+    let op = match op {
+        // Truth values are bytes 0 and 1 to the engine: no sum of them must wrap to 0.
+        ReduceOp::Sum if kind == Bool => MAX,
+        ReduceOp::Product if kind == Bool => MIN,
+        ReduceOp::Sum => SUM,
+        ReduceOp::Avg if kind == Bool => return cannot(),
+        ReduceOp::Avg if flavor == Flavor::Nccl && float => AVG,
+        ReduceOp::Avg => {
+            after = After::Divide(size);
+            SUM
+        }
+        ReduceOp::Product | ReduceOp::Min | ReduceOp::Max if complex => return cannot(),
+        ReduceOp::Product => PRODUCT,
+        ReduceOp::Min => MIN,
+        ReduceOp::Max => MAX,
+        ReduceOp::PremulSum(f) if float || complex => {
+            if flavor == Flavor::Nccl && float {
+                factor = f;
+                PREMUL_SUM
+            } else {
+                scale = Some(f);
+                SUM
+            }
+        }
+        ReduceOp::BitOr if kind == Bool => MAX,
+        ReduceOp::BitAnd if kind == Bool => MIN,
+        ReduceOp::BitAnd | ReduceOp::BitOr | ReduceOp::BitXor if flavor == Flavor::Nccl => return cannot(),
+        ReduceOp::BitAnd if integer => BIT_AND,
+        ReduceOp::BitOr if integer => BIT_OR,
+        ReduceOp::BitXor if integer || kind == Bool => BIT_XOR,
+        _ => return cannot(),
+    };
+    Ok(Combine { how: C10dReduce { op, factor }, seen_as, scale, after })
+}
+
+impl Combine {
+    /// The memory as the engine shall see it.
+    pub(super) fn view(&self, flat: &Tensor) -> Result<Tensor> {
+        if flat.f_kind()? == self.seen_as {
+            return Ok(flat.shallow_clone());
+        }
+        Ok(flat.f_view_dtype(self.seen_as)?)
+    }
+
+    /// Whether operands change before they are combined.
+    pub(super) fn prepares(&self) -> bool {
+        self.scale.is_some()
+    }
+
+    /// Prepares operands, in place.
+    pub(super) fn prepare(&self, view: &mut Tensor) -> Result<()> {
+        if let Some(scale) = self.scale {
+            let _ = view.f_mul_(&scalar(scale, view)?)?;
+        }
+        Ok(())
+    }
+
+    /// Finishes the result, in place.
+    pub(super) fn finish(&self, view: &mut Tensor) -> Result<()> {
+        match self.after {
+            After::Nothing => {}
+            After::Divide(size) => {
+                let size = scalar(size as f64, view)?;
+                match self.seen_as {
+                    Kind::Int8 | Kind::Uint8 | Kind::Int | Kind::Int64 => {
+                        let _ = view.f_div_tensor_mode_(&size, "trunc")?;
+                    }
+                    _ => {
+                        let _ = view.f_div_(&size)?;
+                    }
+                }
+            }
+            After::Truth => {
+                let truth = view.f_to_kind(Kind::Bool)?;
+                view.f_copy_(&truth)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A number as a tensor of no dimensions like another one.
+fn scalar(value: f64, like: &Tensor) -> Result<Tensor> {
+    let scalar = Tensor::f_from_slice(&[value])?.f_to_kind(like.f_kind()?)?.f_to_device(like.device())?;
+    Ok(scalar.f_view([] as [i64; 0])?)
+}

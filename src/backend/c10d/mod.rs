@@ -1,0 +1,22 @@
+//! libtorch's own engines, Gloo and NCCL, behind one adapter.
+//!
+//! Both are `c10d::Backend`s. [`engine`] turns calls into operations on flat tensors ([`flat`], [`ops`],
+//! [`combine`]) and their ends into completions; [`inquest`] finds out, through the store, what a failure
+//! was, for these engines know addresses, not ranks. Worlds can be shared with Python: the keys on the
+//! wire, the order of construction and the operations are PyTorch's.
+
+mod combine;
+mod engine;
+mod flat;
+mod gloo;
+mod inquest;
+mod nccl;
+mod ops;
+mod own;
+mod waiters;
+
+#[cfg(test)]
+mod tests;
+
+pub(super) use gloo::create as create_gloo;
+pub(super) use nccl::{create as create_nccl, unavailable as nccl_unavailable};

@@ -1,0 +1,316 @@
+//! Each collective as one operation of the engine, and what is left to do when it has ended.
+
+use tch::{Device, Kind, Tensor};
+
+use super::combine::{Combine, Flavor, combine};
+use super::flat::{Written, bytes, padded, read, unpad};
+use crate::backend::{Call, Op, segment_numel};
+use crate::libtorch::{C10dBackend, C10dWork, Told};
+use crate::{Error, ReduceOp, Result};
+
+/// What is done when the engine's operation has ended well.
+pub(super) type Finish = Box<dyn FnOnce() -> Result<()> + Send>;
+
+/// An operation under way. The tensors it works on are kept by `finish`.
+pub(super) struct Started {
+    pub(super) work: C10dWork,
+    /// Whether the engine tells of the end. Gloo's reduce-scatter can only be waited for: it has more to
+    /// do then.
+    pub(super) tells: bool,
+    pub(super) finish: Finish,
+}
+
+/// Why an operation did not start.
+pub(super) enum Refusal {
+    /// It cannot be done; nothing was sent.
+    Error(Error),
+    /// The engine says so.
+    Told(String),
+}
+
+impl From<Error> for Refusal {
+    fn from(error: Error) -> Self {
+        Self::Error(error)
+    }
+}
+
+impl From<tch::TchError> for Refusal {
+    fn from(error: tch::TchError) -> Self {
+        Self::Error(error.into())
+    }
+}
+
+fn told<T>(result: Told<T>) -> Result<T, Refusal> {
+    result.map_err(Refusal::Told)
+}
+
+/// This rank's place, and how long the operation may take.
+pub(super) struct Site<'a> {
+    pub(super) backend: &'a C10dBackend,
+    pub(super) flavor: Flavor,
+    pub(super) rank: usize,
+    pub(super) size: usize,
+    pub(super) device: Device,
+    pub(super) ms: i64,
+}
+
+impl Site<'_> {
+    pub(super) fn start(&self, call: &Call<'_>) -> Result<Started, Refusal> {
+        match call.op {
+            Op::AllReduce(op) => self.all_reduce(call, op),
+            Op::Reduce { op, dst } => self.reduce(call, op, dst),
+            Op::Broadcast { src } => self.broadcast(call, src),
+            Op::AllGather => self.all_gather(call),
+            Op::Gather { dst } => self.gather(call, dst),
+            Op::Scatter { src } => self.scatter(call, src),
+            Op::ReduceScatter(op) => self.reduce_scatter(call, op),
+            Op::AllToAll => self.all_to_all(call),
+            Op::Barrier => {
+                let cuda = match self.device {
+                    Device::Cuda(index) => Some(index),
+                    _ => None,
+                };
+                let work = told(self.backend.barrier(cuda, self.ms))?;
+                Ok(Started { work, tells: true, finish: Box::new(|| Ok(())) })
+            }
+        }
+    }
+
+    fn combine(&self, op: ReduceOp, kind: Kind) -> Result<Combine> {
+        combine(self.flavor, op, kind, self.size).map_err(|what| self.unsupported(what))
+    }
+
+    fn unsupported(&self, what: String) -> Error {
+        Error::Unsupported { backend: self.flavor.name().to_owned(), what }
+    }
+
+    fn read(&self, call: &Call<'_>, index: usize) -> Result<Tensor> {
+        read(&call.inputs[index], call.kind, self.device)
+    }
+
+    fn write(&self, call: &Call<'_>, index: usize) -> Result<Written> {
+        Written::new(&call.outputs[index], false, call.kind, self.device)
+    }
+
+    fn empty(&self, numel: usize, kind: Kind) -> Result<Tensor> {
+        Ok(Tensor::f_empty([numel as i64], (kind, self.device))?)
+    }
+
+    fn all_reduce(&self, call: &Call<'_>, op: ReduceOp) -> Result<Started, Refusal> {
+        let combine = self.combine(op, call.kind)?;
+        let out = Written::new(&call.outputs[0], true, call.kind, self.device)?;
+        let mut view = combine.view(&out.flat)?;
+        combine.prepare(&mut view)?;
+        let work = told(self.backend.all_reduce(&view, combine.how, self.ms))?;
+        let finish = Box::new(move || {
+            combine.finish(&mut view)?;
+            out.deliver()
+        });
+        Ok(Started { work, tells: true, finish })
+    }
+
+    fn reduce(&self, call: &Call<'_>, op: ReduceOp, dst: usize) -> Result<Started, Refusal> {
+        let combine = self.combine(op, call.kind)?;
+        let input = self.read(call, 0)?;
+        // The engine leaves partial results on every rank: never in the input.
+        let out = if self.rank == dst { Some(self.write(call, 0)?) } else { None };
+        let mut scratch = match &out {
+            Some(out) => out.flat.shallow_clone(),
+            None => self.empty(input.numel(), call.kind)?,
+        };
+        scratch.f_copy_(&input)?;
+        let mut view = combine.view(&scratch)?;
+        combine.prepare(&mut view)?;
+        let work = told(self.backend.reduce(&view, combine.how, dst, self.ms))?;
+        let finish = Box::new(move || {
+            let Some(out) = out else {
+                drop(view);
+                return Ok(());
+            };
+            combine.finish(&mut view)?;
+            out.deliver()
+        });
+        Ok(Started { work, tells: true, finish })
+    }
+
+    fn broadcast(&self, call: &Call<'_>, src: usize) -> Result<Started, Refusal> {
+        let root = self.rank == src;
+        let out = Written::new(&call.outputs[0], root, call.kind, self.device)?;
+        let work = told(self.backend.broadcast(&bytes(&out.flat)?, src, self.ms))?;
+        let finish = Box::new(move || if root { Ok(()) } else { out.deliver() });
+        Ok(Started { work, tells: true, finish })
+    }
+
+    fn all_gather(&self, call: &Call<'_>) -> Result<Started, Refusal> {
+        let input = self.read(call, 0)?;
+        let gathered = Gathered::new(self, call)?;
+        let input = bytes(&gathered.fit(&input)?)?;
+        let work = told(self.backend.all_gather(&gathered.places()?, &input, self.ms))?;
+        Ok(Started {
+            work,
+            tells: true,
+            finish: Box::new(move || {
+                drop(input);
+                gathered.deliver()
+            }),
+        })
+    }
+
+    /// Other ranks than the root do not know whether all inputs are of one size. Where they are not, the
+    /// root alone pads: a message may be shorter than the place it is received in.
+    fn gather(&self, call: &Call<'_>, dst: usize) -> Result<Started, Refusal> {
+        let input = self.read(call, 0)?;
+        if self.rank != dst {
+            let input = bytes(&input)?;
+            let work = told(self.backend.gather(&[], &input, dst, self.ms))?;
+            return Ok(Started {
+                work,
+                tells: true,
+                finish: Box::new(move || {
+                    drop(input);
+                    Ok(())
+                }),
+            });
+        }
+        let gathered = Gathered::new(self, call)?;
+        if gathered.padded && self.flavor == Flavor::Nccl {
+            return Err(self.unsupported("gather of tensors of different sizes".to_owned()).into());
+        }
+        let input = bytes(&gathered.fit(&input)?)?;
+        let work = told(self.backend.gather(&gathered.places()?, &input, dst, self.ms))?;
+        Ok(Started {
+            work,
+            tells: true,
+            finish: Box::new(move || {
+                drop(input);
+                gathered.deliver()
+            }),
+        })
+    }
+
+    fn scatter(&self, call: &Call<'_>, src: usize) -> Result<Started, Refusal> {
+        let out = self.write(call, 0)?;
+        let mut inputs = Vec::new();
+        if self.rank == src {
+            let numel = segment_numel(&call.outputs[0]);
+            if call.inputs.iter().any(|segment| segment_numel(segment) != numel) {
+                return Err(self.unsupported("scatter of tensors of different sizes".to_owned()).into());
+            }
+            for index in 0..self.size {
+                inputs.push(bytes(&self.read(call, index)?)?);
+            }
+        }
+        let work = told(self.backend.scatter(&bytes(&out.flat)?, &inputs, src, self.ms))?;
+        let finish = Box::new(move || {
+            drop(inputs);
+            out.deliver()
+        });
+        Ok(Started { work, tells: true, finish })
+    }
+
+    fn reduce_scatter(&self, call: &Call<'_>, op: ReduceOp) -> Result<Started, Refusal> {
+        let combine = self.combine(op, call.kind)?;
+        let most = call.inputs.iter().map(|segment| segment_numel(segment)).max().unwrap_or(0);
+        let out = self.write(call, 0)?;
+        let fits = call.inputs.iter().all(|segment| segment_numel(segment) == most);
+        let mut parts = Vec::with_capacity(self.size);
+        for index in 0..self.size {
+            let part = self.read(call, index)?;
+            parts.push(if fits { part } else { padded(&part, most)? });
+        }
+        let input = match &parts[..] {
+            [one] if combine.prepares() => padded(one, most)?,
+            [one] => one.shallow_clone(),
+            many => Tensor::f_cat(many, 0)?,
+        };
+        let mut input = combine.view(&input)?;
+        combine.prepare(&mut input)?;
+        let result = if fits { out.flat.shallow_clone() } else { self.empty(most, call.kind)? };
+        let mut view = combine.view(&result)?;
+        let work = told(self.backend.reduce_scatter(&view, &input, combine.how, self.ms))?;
+        let finish = Box::new(move || {
+            drop(input);
+            combine.finish(&mut view)?;
+            let mut out = out;
+            if !fits {
+                unpad(&result, &mut out.flat)?;
+            }
+            out.deliver()
+        });
+        Ok(Started { work, tells: false, finish })
+    }
+
+    fn all_to_all(&self, call: &Call<'_>) -> Result<Started, Refusal> {
+        let element = call.kind.elt_size_in_bytes();
+        let sizes = |segments: &[crate::backend::Segment<'_>]| -> Vec<i64> {
+            segments.iter().map(|segment| (segment_numel(segment) * element) as i64).collect()
+        };
+        let (mut ins, mut outs) = (sizes(&call.inputs), sizes(&call.outputs));
+        let parts = (0..self.size).map(|i| self.read(call, i)).collect::<Result<Vec<_>>>()?;
+        let input = bytes(&Tensor::f_cat(&parts, 0)?)?;
+        let output = self.empty(outs.iter().sum::<i64>() as usize, Kind::Uint8)?;
+        let places = (0..self.size).map(|i| self.write(call, i)).collect::<Result<Vec<_>>>()?;
+        let splits = outs.clone();
+        if ins.iter().chain(&outs).all(|n| *n == ins[0]) {
+            ins.clear();
+            outs.clear();
+        }
+        let work = told(self.backend.all_to_all(&output, &input, &outs, &ins, self.ms))?;
+        let finish = Box::new(move || {
+            drop(input);
+            let mut start = 0;
+            for (place, numel) in places.into_iter().zip(splits) {
+                bytes(&place.flat)?.f_copy_(&output.f_narrow(0, start, numel)?)?;
+                place.deliver()?;
+                start += numel;
+            }
+            Ok(())
+        });
+        Ok(Started { work, tells: true, finish })
+    }
+}
+
+/// One place for each rank, of one size, because these engines take no others.
+struct Gathered {
+    outs: Vec<Written>,
+    /// Where the engine writes, when sizes differ.
+    scratch: Vec<Tensor>,
+    most: usize,
+    padded: bool,
+}
+
+impl Gathered {
+    fn new(site: &Site<'_>, call: &Call<'_>) -> Result<Self> {
+        let sizes: Vec<usize> = call.outputs.iter().map(|segment| segment_numel(segment)).collect();
+        let most = sizes.iter().copied().max().unwrap_or(0);
+        let padded = sizes.iter().any(|size| *size != most);
+        let outs = (0..sizes.len()).map(|i| site.write(call, i)).collect::<Result<Vec<_>>>()?;
+        let scratch = match padded {
+            false => Vec::new(),
+            true => outs.iter().map(|_| site.empty(most, call.kind)).collect::<Result<_>>()?,
+        };
+        Ok(Self { outs, scratch, most, padded })
+    }
+
+    fn fit(&self, input: &Tensor) -> Result<Tensor> {
+        if self.padded { padded(input, self.most) } else { Ok(input.shallow_clone()) }
+    }
+
+    fn places(&self) -> Result<Vec<Tensor>> {
+        match self.padded {
+            true => self.scratch.iter().map(bytes).collect(),
+            false => self.outs.iter().map(|out| bytes(&out.flat)).collect(),
+        }
+    }
+
+    fn deliver(self) -> Result<()> {
+        let mut scratch = self.scratch.into_iter();
+        for mut out in self.outs {
+            if let Some(from) = scratch.next() {
+                unpad(&from, &mut out.flat)?;
+            }
+            out.deliver()?;
+        }
+        Ok(())
+    }
+}

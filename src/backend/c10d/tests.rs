@@ -1,0 +1,321 @@
+//! Gloo among ranks that are threads, over one store.
+
+use std::sync::Arc;
+use std::sync::mpsc::channel;
+use std::thread;
+use std::time::Duration;
+
+use smallvec::{SmallVec, smallvec};
+use tch::{Device, Kind, Tensor};
+
+use super::create_gloo;
+use crate::backend::{
+    BackendContext, Buffer, Call, CollectiveBackend, Completion, Direction, Op, Receipt, Segments, Transfer,
+};
+use crate::store::HashStore;
+use crate::{Error, ReduceOp, Result};
+
+const SECONDS: Duration = Duration::from_secs(20);
+
+fn gloo(store: &Arc<HashStore>, rank: usize, size: usize, timeout: Duration) -> Arc<dyn CollectiveBackend> {
+    let context = BackendContext {
+        store: store.clone(),
+        rank,
+        size,
+        ranks: (0..size).collect(),
+        timeout,
+        group_name: "0".into(),
+    };
+    create_gloo(context).unwrap()
+}
+
+/// Runs the body on every rank of a new group; results in rank order.
+fn ranks<T: Send>(size: usize, body: impl Fn(usize, Arc<dyn CollectiveBackend>) -> T + Sync) -> Vec<T> {
+    let store = Arc::new(HashStore::new());
+    thread::scope(|scope| {
+        let (store, body) = (&store, &body);
+        let threads: Vec<_> =
+            (0..size).map(|rank| scope.spawn(move || body(rank, gloo(store, rank, size, SECONDS)))).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    })
+}
+
+fn segments(tensors: &[&Tensor]) -> Segments<'static> {
+    tensors.iter().map(|t| smallvec![Buffer::new(t.shallow_clone()).unwrap()]).collect()
+}
+
+fn call(op: Op, kind: Kind, inputs: &[&Tensor], outputs: &[&Tensor]) -> Call<'static> {
+    Call { op, kind, inputs: segments(inputs), outputs: segments(outputs), timeout: SECONDS }
+}
+
+fn f32s(values: &[f32]) -> Tensor {
+    Tensor::from_slice(values)
+}
+
+fn values(tensor: &Tensor) -> Vec<f64> {
+    Vec::<f64>::try_from(tensor.to_kind(Kind::Double).view([-1])).unwrap()
+}
+
+#[test]
+fn collectives_give_what_their_names_say() {
+    ranks(3, |rank, gloo| {
+        let r = rank as f32;
+        let t = f32s(&[r, 10.0 * r]);
+        gloo.run(call(Op::AllReduce(ReduceOp::Sum), Kind::Float, &[], &[&t])).unwrap();
+        assert_eq!(values(&t), [3.0, 30.0]);
+        let t = f32s(&[r, 1.0]);
+        gloo.run(call(Op::AllReduce(ReduceOp::Avg), Kind::Float, &[], &[&t])).unwrap();
+        assert_eq!(values(&t), [1.0, 1.0]);
+        let t = f32s(&[r]);
+        gloo.run(call(Op::AllReduce(ReduceOp::PremulSum(2.0)), Kind::Float, &[], &[&t])).unwrap();
+        assert_eq!(values(&t), [6.0]);
+
+        let t = f32s(&[r, r]);
+        gloo.run(call(Op::Broadcast { src: 2 }, Kind::Float, &[], &[&t])).unwrap();
+        assert_eq!(values(&t), [2.0, 2.0]);
+
+        let (input, out) = (f32s(&[r + 1.0]), f32s(&[-1.0]));
+        let outputs: &[&Tensor] = if rank == 1 { &[&out] } else { &[] };
+        let reduce = Op::Reduce { op: ReduceOp::Product, dst: 1 };
+        gloo.run(call(reduce, Kind::Float, &[&input], outputs)).unwrap();
+        assert_eq!(values(&input), [f64::from(r) + 1.0], "inputs stay");
+        assert_eq!(values(&out), [if rank == 1 { 6.0 } else { -1.0 }]);
+
+        let outs = [(); 3].map(|()| f32s(&[0.0, 0.0]));
+        gloo.run(call(Op::AllGather, Kind::Float, &[&f32s(&[r, -r])], &outs.each_ref())).unwrap();
+        assert_eq!(outs.map(|o| values(&o)).concat(), [0., 0., 1., -1., 2., -2.]);
+
+        let output = f32s(&[0.0]);
+        let inputs = [f32s(&[r]), f32s(&[10.0 + r]), f32s(&[20.0 + r])];
+        let all = inputs.each_ref();
+        gloo.run(call(
+            Op::Scatter { src: 1 },
+            Kind::Float,
+            if rank == 1 { &all[..] } else { &[] },
+            &[&output],
+        ))
+        .unwrap();
+        assert_eq!(values(&output), [10.0 * f64::from(r) + 1.0]);
+
+        gloo.run(call(Op::ReduceScatter(ReduceOp::Max), Kind::Float, &inputs.each_ref(), &[&output]))
+            .unwrap();
+        assert_eq!(values(&output), [10.0 * f64::from(r) + 2.0]);
+
+        let outs = [(); 3].map(|()| f32s(&[0.0]));
+        gloo.run(call(Op::AllToAll, Kind::Float, &inputs.each_ref(), &outs.each_ref())).unwrap();
+        let base = 10.0 * f64::from(r);
+        assert_eq!(outs.map(|o| values(&o)).concat(), [base, base + 1.0, base + 2.0]);
+
+        gloo.run(call(Op::Barrier, Kind::Uint8, &[], &[])).unwrap();
+        gloo.shutdown(SECONDS).unwrap();
+    });
+}
+
+#[test]
+fn sizes_may_differ_by_rank_and_be_zero() {
+    ranks(3, |rank, gloo| {
+        let input = f32s(&vec![rank as f32; rank * 2]);
+        let outs: Vec<Tensor> = (0..3).map(|r| f32s(&vec![-1.0; r * 2])).collect();
+        let all: Vec<&Tensor> = outs.iter().collect();
+        gloo.run(call(Op::AllGather, Kind::Float, &[&input], &all)).unwrap();
+        for (r, out) in outs.iter().enumerate() {
+            assert_eq!(values(out), vec![r as f64; r * 2]);
+        }
+        for dst in 0..3 {
+            let outs: Vec<Tensor> = (0..3).map(|r| f32s(&vec![-1.0; r * 2])).collect();
+            let all: Vec<&Tensor> = if rank == dst { outs.iter().collect() } else { vec![] };
+            gloo.run(call(Op::Gather { dst }, Kind::Float, &[&input], &all)).unwrap();
+            for (r, out) in outs.iter().enumerate() {
+                assert_eq!(values(out), vec![if rank == dst { r as f64 } else { -1.0 }; r * 2], "to {dst}");
+            }
+        }
+        let inputs: Vec<Tensor> = (0..3).map(|to| f32s(&vec![(10 * rank + to) as f32; to])).collect();
+        let outs: Vec<Tensor> = (0..3).map(|_| f32s(&vec![-1.0; rank])).collect();
+        let (ins, all): (Vec<_>, Vec<_>) = (inputs.iter().collect(), outs.iter().collect());
+        gloo.run(call(Op::AllToAll, Kind::Float, &ins, &all)).unwrap();
+        for (from, out) in outs.iter().enumerate() {
+            assert_eq!(values(out), vec![(10 * from + rank) as f64; rank]);
+        }
+        let output = f32s(&vec![0.0; rank]);
+        gloo.run(call(Op::ReduceScatter(ReduceOp::Sum), Kind::Float, &ins, &[&output])).unwrap();
+        assert_eq!(values(&output), vec![(30 + 3 * rank) as f64; rank]);
+        let empty = f32s(&[]);
+        gloo.run(call(Op::AllReduce(ReduceOp::Sum), Kind::Float, &[], &[&empty])).unwrap();
+        gloo.run(call(Op::Broadcast { src: 0 }, Kind::Float, &[], &[&empty])).unwrap();
+        gloo.run(call(Op::AllGather, Kind::Float, &[&empty], &[&empty, &empty, &empty])).unwrap();
+    });
+}
+
+#[test]
+fn lists_of_buffers_are_their_concatenation() {
+    ranks(2, |rank, gloo| {
+        let parts = [f32s(&[1.0]), f32s(&[2.0, 3.0]), f32s(&[])];
+        let mut list: SmallVec<[Buffer<'static>; 1]> = SmallVec::new();
+        list.extend(parts.iter().map(|t| Buffer::new(t.shallow_clone()).unwrap()));
+        // The other rank cuts the same elements otherwise.
+        let whole = f32s(&[10.0, 20.0, 30.0]);
+        let mut call = call(Op::AllReduce(ReduceOp::Sum), Kind::Float, &[], &[&whole]);
+        if rank == 0 {
+            call.outputs = smallvec![list];
+        }
+        gloo.run(call).unwrap();
+        let all = if rank == 0 { Tensor::cat(&parts, 0) } else { whole };
+        assert_eq!(values(&all), [11.0, 22.0, 33.0]);
+    });
+}
+
+#[test]
+fn every_kind_is_moved_and_what_can_be_is_reduced() {
+    use Kind::*;
+    ranks(2, |rank, gloo| {
+        for kind in
+            [Uint8, Int8, Int16, Int, Int64, Half, Float, Double, ComplexFloat, ComplexDouble, Bool, BFloat16]
+        {
+            let t = Tensor::from_slice(&[rank as i64, 1]).to_kind(kind);
+            gloo.run(call(Op::Broadcast { src: 1 }, kind, &[], &[&t])).unwrap();
+            assert_eq!(t, Tensor::from_slice(&[1i64, 1]).to_kind(kind), "{kind:?}");
+            let sum = Op::AllReduce(ReduceOp::Sum);
+            if gloo.supports(&sum, kind).is_err() {
+                assert_eq!(kind, Int16);
+                continue;
+            }
+            let t = Tensor::from_slice(&[rank as i64, 1]).to_kind(kind);
+            gloo.run(call(sum, kind, &[], &[&t])).unwrap();
+            assert_eq!(t, Tensor::from_slice(&[1i64, 2]).to_kind(kind), "{kind:?}");
+        }
+        let t = Tensor::from_slice(&[-3i64 - 2 * rank as i64]);
+        gloo.run(call(Op::AllReduce(ReduceOp::Avg), Int64, &[], &[&t])).unwrap();
+        assert_eq!(values(&t), [-4.0]);
+        for (op, kind) in [(ReduceOp::BitAnd, Float), (ReduceOp::Max, ComplexFloat), (ReduceOp::Avg, Bool)] {
+            assert!(gloo.supports(&Op::AllReduce(op), kind).is_err());
+        }
+    });
+}
+
+fn transfer(
+    direction: Direction,
+    tag: u32,
+    tensor: &Tensor,
+) -> (Transfer, std::sync::mpsc::Receiver<Result<Receipt>>) {
+    let (tx, rx) = channel();
+    let done = Completion::from_fn(move |result| tx.send(result).unwrap());
+    let buffer = Buffer::new(tensor.shallow_clone()).unwrap();
+    (Transfer { direction, tag, kind: Kind::Float, buffer, timeout: SECONDS, done }, rx)
+}
+
+#[test]
+fn messages_go_by_tag_from_anybody_and_to_oneself() {
+    ranks(3, |rank, gloo| {
+        let got = [(); 3].map(|()| f32s(&[-1.0]));
+        let own = f32s(&[-1.0]);
+        let mut batch = Vec::new();
+        let mut ends = Vec::new();
+        let mut add = |(transfer, end)| {
+            batch.push(transfer);
+            ends.push(end);
+        };
+        // Tags against the order of sending; the receives come first.
+        let from = (rank + 2) % 3;
+        add(transfer(Direction::Recv { src: Some(from) }, 2, &got[1]));
+        add(transfer(Direction::Recv { src: None }, 1, &got[0]));
+        add(transfer(Direction::Recv { src: Some(rank) }, 7, &own));
+        add(transfer(Direction::Send { dst: (rank + 1) % 3 }, 1, &f32s(&[rank as f32])));
+        add(transfer(Direction::Send { dst: (rank + 1) % 3 }, 2, &f32s(&[10.0 + rank as f32])));
+        add(transfer(Direction::Send { dst: rank }, 7, &f32s(&[70.0])));
+        gloo.transfer(batch);
+        let ends: Vec<_> = ends.into_iter().map(|end| end.recv_timeout(SECONDS).unwrap().unwrap()).collect();
+        assert_eq!(
+            ends[..3].iter().map(|r| r.source).collect::<Vec<_>>(),
+            [Some(from), Some(from), Some(rank)]
+        );
+        assert_eq!(values(&got[0]), [from as f64]);
+        assert_eq!(values(&got[1]), [10.0 + from as f64]);
+        assert_eq!(values(&own), [70.0]);
+        gloo.run(call(Op::Barrier, Kind::Uint8, &[], &[])).unwrap();
+    });
+}
+
+#[test]
+fn a_rank_that_does_not_come_is_named_and_the_group_is_unusable_after() {
+    let errors = ranks(3, |rank, gloo| {
+        if rank == 1 {
+            thread::sleep(Duration::from_millis(3000));
+            return None;
+        }
+        let mut late = call(Op::AllReduce(ReduceOp::Sum), Kind::Float, &[], &[&f32s(&[1.0])]);
+        late.timeout = Duration::from_millis(300);
+        let error = gloo.run(late).unwrap_err();
+        let after = gloo.run(call(Op::Barrier, Kind::Uint8, &[], &[])).unwrap_err();
+        assert!(matches!(after, Error::Poisoned { .. }), "{after}");
+        Some(error)
+    });
+    for error in errors.into_iter().flatten() {
+        assert!(matches!(&error, Error::Timeout { missing, .. } if missing[..] == [1]), "{error:?}");
+    }
+}
+
+#[test]
+fn a_rank_that_leaves_is_named() {
+    let errors = ranks(3, |rank, gloo| {
+        if rank == 2 {
+            return None;
+        }
+        Some(gloo.run(call(Op::AllReduce(ReduceOp::Sum), Kind::Float, &[], &[&f32s(&[1.0])])).unwrap_err())
+    });
+    for error in errors.into_iter().flatten() {
+        assert!(matches!(&error, Error::PeerLost { rank: 2, .. }), "{error:?}");
+    }
+}
+
+#[test]
+fn an_abort_ends_what_is_pending_on_every_rank() {
+    let errors = ranks(3, |rank, gloo| {
+        if rank == 0 {
+            thread::sleep(Duration::from_millis(200));
+            gloo.abort(&Arc::new(Error::Aborted));
+            let error = gloo.run(call(Op::Barrier, Kind::Uint8, &[], &[])).unwrap_err();
+            assert!(matches!(error, Error::Poisoned { .. }), "{error}");
+            // What others wait for from this rank must be answered while it is still here.
+            thread::sleep(Duration::from_millis(1500));
+            return None;
+        }
+        Some(gloo.run(call(Op::AllReduce(ReduceOp::Sum), Kind::Float, &[], &[&f32s(&[1.0])])).unwrap_err())
+    });
+    for error in errors.into_iter().flatten() {
+        assert!(matches!(error, Error::Aborted), "{error:?}");
+    }
+}
+
+#[test]
+fn calls_are_asynchronous_and_end_in_any_order() {
+    ranks(2, |rank, gloo| {
+        let tensors: Vec<Tensor> = (0..20).map(|i| f32s(&[(i + rank) as f32])).collect();
+        let (tx, rx) = channel();
+        for tensor in &tensors {
+            let tx = tx.clone();
+            let done = Completion::from_fn(move |result| tx.send(result).unwrap());
+            gloo.submit(call(Op::AllReduce(ReduceOp::Sum), Kind::Float, &[], &[tensor]), done);
+        }
+        for _ in &tensors {
+            rx.recv_timeout(SECONDS).unwrap().unwrap();
+        }
+        for (i, tensor) in tensors.iter().enumerate() {
+            assert_eq!(values(tensor), [2.0 * i as f64 + 1.0]);
+        }
+    });
+}
+
+#[test]
+fn a_group_of_one_works() {
+    ranks(1, |_, gloo| {
+        let t = f32s(&[5.0]);
+        gloo.run(call(Op::AllReduce(ReduceOp::Avg), Kind::Float, &[], &[&t])).unwrap();
+        let out = f32s(&[0.0]);
+        gloo.run(call(Op::AllGather, Kind::Float, &[&t], &[&out])).unwrap();
+        gloo.run(call(Op::ReduceScatter(ReduceOp::Sum), Kind::Float, &[&t], &[&out])).unwrap();
+        gloo.run(call(Op::AllToAll, Kind::Float, &[&t], &[&out])).unwrap();
+        assert_eq!(values(&out), [5.0]);
+        gloo.run(call(Op::Barrier, Kind::Uint8, &[], &[])).unwrap();
+        assert!(gloo.accepts(Device::Cpu) && !gloo.accepts(Device::Cuda(0)));
+    });
+}

@@ -1,0 +1,74 @@
+//! Threads that wait for what an engine can only be waited for.
+
+use std::collections::VecDeque;
+use std::thread;
+use std::time::Duration;
+
+use parking_lot::{Condvar, Mutex};
+
+type Job = Box<dyn FnOnce() + Send>;
+
+/// Jobs nobody has taken yet, and how many threads have nothing to do.
+struct Queue {
+    jobs: VecDeque<Job>,
+    idle: usize,
+}
+
+static QUEUE: Mutex<Queue> = Mutex::new(Queue { jobs: VecDeque::new(), idle: 0 });
+static COME: Condvar = Condvar::new();
+const LINGER: Duration = Duration::from_secs(5);
+
+/// Runs a job that may block for long, beside all others. One thread a job while they block; threads
+/// without a job stay for a moment.
+pub(super) fn run(job: impl FnOnce() + Send + 'static) {
+    let mut queue = QUEUE.lock();
+    queue.jobs.push_back(Box::new(job));
+    if queue.idle >= queue.jobs.len() {
+        COME.notify_one();
+        return;
+    }
+    drop(queue);
+    let made = thread::Builder::new().name("tchd-c10d-wait".to_owned()).spawn(serve);
+    if let Err(error) = made {
+        tracing::warn!("no thread to wait for an operation, waiting here: {error}");
+        let job = QUEUE.lock().jobs.pop_back();
+        if let Some(job) = job {
+            job();
+        }
+    }
+}
+
+fn serve() {
+    let mut queue = QUEUE.lock();
+    loop {
+        if let Some(job) = queue.jobs.pop_front() {
+            drop(queue);
+            job();
+            queue = QUEUE.lock();
+            continue;
+        }
+        queue.idle += 1;
+        let late = COME.wait_for(&mut queue, LINGER).timed_out();
+        queue.idle -= 1;
+        if late && queue.jobs.is_empty() {
+            return;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Barrier};
+
+    #[test]
+    fn jobs_that_wait_for_one_another_all_run() {
+        let barrier = Arc::new(Barrier::new(9));
+        for _ in 0..8 {
+            let barrier = barrier.clone();
+            super::run(move || {
+                barrier.wait();
+            });
+        }
+        barrier.wait();
+    }
+}

@@ -1,0 +1,12 @@
+// What the classes of c10d.h hold; apart, because its headers take seconds to compile.
+#pragma once
+#include <torch/csrc/distributed/c10d/Backend.hpp>
+
+namespace tchd {
+struct WorkParts {
+  c10::intrusive_ptr<c10d::Work> work;
+};
+struct BackendParts {
+  c10::intrusive_ptr<c10d::Backend> backend;
+};
+} // namespace tchd

@@ -2,6 +2,7 @@
 
 mod arguments;
 mod asynchronous;
+mod failures;
 mod groups;
 mod messages;
 mod objects;
@@ -15,6 +16,8 @@ pub struct NamedCase {
     pub name: &'static str,
     /// The smallest world in which it says something.
     pub ranks: usize,
+    /// Whether it is about what happens when ranks disagree or do not come.
+    pub failure: bool,
     pub body: fn(&ProcessGroup),
 }
 
@@ -22,7 +25,12 @@ pub struct NamedCase {
 macro_rules! list {
     ($($ranks:literal $name:ident;)*) => {
         pub(super) const CASES: &[super::NamedCase] =
-            &[$(super::NamedCase { name: stringify!($name), ranks: $ranks, body: $name }),*];
+            &[$(super::NamedCase { name:
+                name: stringify!($name),
+                ranks: $ranks,
+                failure: module_path!().len() > 8 && matches!(module_path!().as_bytes().split_last_chunk::<8>(), Some((_, b"failures"))),
+                body: $name,
+             }),*];
     };
 }
 use list;
@@ -32,6 +40,7 @@ pub fn all() -> Vec<&'static NamedCase> {
     [
         arguments::CASES,
         asynchronous::CASES,
+        failures::CASES,
         groups::CASES,
         messages::CASES,
         objects::CASES,

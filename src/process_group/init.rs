@@ -13,6 +13,7 @@ use super::groups::{Formation, form};
 
 use super::spec::BackendSpec;
 use super::state::Universe;
+use crate::backend::factory;
 use crate::rendezvous::{RendezvousRequest, rendezvous};
 use crate::store::{PrefixStore, Store};
 use crate::{Error, Result};
@@ -190,6 +191,10 @@ fn form_world(spec: BackendSpec, options: InitOptions) -> Result<ProcessGroup> {
     let (cpu, cuda) = spec.resolve()?;
     let timeout = options.timeout.unwrap_or_else(|| default_timeout(&spec));
     let names: Vec<&str> = cpu.iter().chain(&cuda).map(String::as_str).collect();
+    // Before anything is waited for: a backend that cannot be is an error on the spot.
+    for name in &names {
+        factory(name)?;
+    }
     let met = rendezvous(RendezvousRequest {
         init_method: options.init_method,
         store: options.store,

@@ -9,10 +9,11 @@ mod plain_backend;
 mod product;
 mod programs;
 mod suite;
+mod whole;
 
 use suite::suites;
 
 suites! {
-    native_threads: "native", worlds [1, 2, 3, 4, 5, 8], failures: true;
-    plain: "plain", worlds [1, 2, 3], failures: false;
+    native: "native", threads [1, 2, 3, 4, 5, 8], processes [], failures true;
+    plain: "plain", threads [1, 2, 3], processes [2], failures false;
 }

@@ -2,7 +2,7 @@
 //! asynchronous mixed, and must end with what a sequential interpreter of all ranks ends with.
 
 use proptest::prelude::*;
-use proptest::test_runner::{Config, TestRunner};
+use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 use tch::{Device, Kind, Tensor};
 use tch_distributed::{P2pOp, ProcessGroup, ReduceOp, Work};
 
@@ -220,30 +220,38 @@ fn execute(groups: &[Option<ProcessGroup>], size: usize, rank: usize, program: &
     state
 }
 
-/// Runs so many random programs in a world of this size.
+/// Whether this rank ends a program with what it should.
+fn right(group: &ProcessGroup, program: &[Line]) -> bool {
+    let (rank, size) = (group.rank(), group.size());
+    let groups = memberships(size).map(|members| group.new_group(&members).unwrap());
+    let expected = &interpret(size, program)[rank];
+    let state = execute(&groups, size, rank, program);
+    state.iter().zip(expected).all(|(a, b)| same(a, b))
+}
+
+/// The same programs in every process.
+fn runner(programs: u32) -> TestRunner {
+    let config = Config { cases: programs, failure_persistence: None, ..Config::default() };
+    TestRunner::new_with_rng(config, TestRng::deterministic_rng(RngAlgorithm::ChaCha))
+}
+
+/// Runs so many random programs, each in a world of this size.
 pub fn run(backend: &str, size: usize, programs: u32) {
-    let mut runner =
-        TestRunner::new(Config { cases: programs, failure_persistence: None, ..Config::default() });
-    runner
-        .run(&lines(), |program| {
-            let expected = interpret(size, &program);
-            let expected: Vec<Vec<Vec<i64>>> = expected
-                .iter()
-                .map(|ts| {
-                    ts.iter().map(|t| Vec::try_from(t.to_kind(Kind::Int64).view([-1])).unwrap()).collect()
-                })
-                .collect();
-            let wrong = world(backend, size, |group| {
-                let rank = group.rank();
-                let groups = memberships(size).map(|members| group.new_group(&members).unwrap());
-                let state = execute(&groups, size, rank, &program);
-                let right = state.iter().zip(&expected[rank]).zip(KINDS).all(|((t, e), kind)| {
-                    same(t, &Tensor::from_slice(e).to_kind(kind).view([rows(size), 3]))
-                });
-                (!right).then_some(rank)
-            });
-            prop_assert!(wrong.iter().all(Option::is_none), "wrong on ranks {:?}", wrong);
-            Ok(())
-        })
-        .unwrap();
+    let outcome = runner(programs).run(&lines(), |program| {
+        let right = world(backend, size, |group| right(&group, &program));
+        prop_assert!(right.iter().all(|&r| r), "right on ranks: {:?}", right);
+        Ok(())
+    });
+    outcome.unwrap();
+}
+
+/// Runs so many random programs on a group; every rank sees every rank's verdict, so that all go on with
+/// the same program.
+pub fn run_on(group: &ProcessGroup, programs: u32) {
+    let outcome = runner(programs).run(&lines(), |program| {
+        let right = group.all_gather_object(&right(group, &program)).unwrap();
+        prop_assert!(right.iter().all(|&r| r), "right on ranks: {:?}", right);
+        Ok(())
+    });
+    outcome.unwrap();
 }

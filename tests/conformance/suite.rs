@@ -3,56 +3,70 @@
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::time::Duration;
 
-use tch_distributed::{InitOptions, ProcessGroup, is_backend_available, register_backend, testing};
+use tch_distributed::{
+    InitOptions, ProcessGroup, destroy_process_group, init_process_group, is_backend_available,
+    register_backend, testing,
+};
 
 use super::product::{self, Case};
-use super::{cases, plain_backend};
+use super::{cases, plain_backend, programs};
 
 /// How long a test may take before it is a failure: nothing here comes near it.
 pub const LIMIT: Duration = Duration::from_secs(100);
 
-/// Runs ranks as threads over a backend, with a watchdog instead of an endless wait.
-pub fn world<T: Send>(backend: &str, size: usize, body: impl Fn(ProcessGroup) -> T + Send + Sync) -> Vec<T> {
-    if backend == "plain" && !is_backend_available("plain") {
+/// The backend of this suite's own, known by name like any other.
+fn know_the_plain_one() {
+    if !is_backend_available("plain") {
         // Another test of this process may have been first.
         let _ = register_backend("plain", plain_backend::create);
     }
+}
+
+/// Runs ranks as threads over a backend, with a watchdog instead of an endless wait.
+pub fn world<T: Send>(backend: &str, size: usize, body: impl Fn(ProcessGroup) -> T + Send + Sync) -> Vec<T> {
+    know_the_plain_one();
     testing::run_threads_on(backend, InitOptions::new().timeout(LIMIT), size, body)
 }
 
 /// Runs cases of the product, all in one world; gives how many ran, or the first that failed.
 pub fn run_product(backend: &str, size: usize, list: &[Case]) -> usize {
-    let failures = world(backend, size, |group| {
-        let mut failures = Vec::new();
-        for case in list {
-            match product::run(*case, &group) {
-                Ok(Ok(())) => {}
-                Ok(Err(wrong)) => failures.push(format!("{case}: {wrong}")),
-                Err(error) => {
-                    failures.push(format!("{case}: rank {} failed: {error}", group.rank()));
-                    let _ = group.abort();
-                    break;
-                }
+    let failures = world(backend, size, |group| product_on(&group, list)).concat();
+    assert_no_failures(&failures, backend, size);
+    list.len()
+}
+
+/// Runs cases of the product on a group; what went wrong on this rank.
+pub fn product_on(group: &ProcessGroup, list: &[Case]) -> Vec<(Case, String)> {
+    let mut failures = Vec::new();
+    for case in list {
+        match product::run(*case, group) {
+            Ok(Ok(())) => {}
+            Ok(Err(wrong)) => failures.push((*case, wrong)),
+            Err(error) => {
+                failures.push((*case, format!("rank {} failed: {error}", group.rank())));
+                let _ = group.abort();
+                break;
             }
         }
-        failures
-    });
-    let failures: Vec<String> = failures.concat();
-    let shown: Vec<&str> = failures.iter().take(5).map(String::as_str).collect();
+    }
+    failures
+}
+
+pub fn assert_no_failures(failures: &[(Case, String)], backend: &str, size: usize) {
+    let shown: Vec<String> =
+        failures.iter().take(5).map(|(case, wrong)| format!("{case}: {wrong}")).collect();
     assert!(
         failures.is_empty(),
         "{} failures on {backend}, world {size}:\n{}",
         failures.len(),
         shown.join("\n")
     );
-    list.len()
 }
 
-/// Runs every named case for which the world is large enough; tells which one failed. Cases about
-/// failures only where the backend promises to name the rank and the reason.
+/// Runs every named case for which the world is large enough, each in a world of its own; tells which
+/// one failed. Cases about failures only where the backend promises to name the rank and the reason.
 pub fn run_cases(backend: &str, size: usize, failures: bool) -> usize {
-    let list: Vec<_> =
-        cases::all().into_iter().filter(|case| case.ranks <= size && (failures || !case.failure)).collect();
+    let list: Vec<_> = cases::all(failures).into_iter().filter(|case| case.ranks <= size).collect();
     for case in &list {
         let outcome = catch_unwind(AssertUnwindSafe(|| world(backend, size, |group| (case.body)(&group))));
         if let Err(panic) = outcome {
@@ -63,30 +77,57 @@ pub fn run_cases(backend: &str, size: usize, failures: bool) -> usize {
     list.len()
 }
 
-/// One module of tests for each backend; `failures` says whether it promises more than an end when
-/// ranks disagree or do not come.
+/// Runs the whole suite in a world of processes, of which this is one.
+pub fn run_in_process(backend: &str, failures: bool) {
+    know_the_plain_one();
+    let group = init_process_group(backend, InitOptions::new().timeout(LIMIT)).unwrap();
+    let size = group.size();
+    assert_no_failures(&product_on(&group, &product::pairwise()), backend, size);
+    let all: Vec<usize> = (0..size).collect();
+    for case in cases::all(failures).into_iter().filter(|case| case.ranks <= size) {
+        // Printed by the harness only where a case fails.
+        println!("case {}", case.name);
+        let own = group.new_group(&all).unwrap().unwrap();
+        (case.body)(&own);
+        own.destroy().unwrap();
+    }
+    programs::run_on(&group, 12);
+    destroy_process_group().unwrap();
+}
+
+/// Modules of tests, one for each backend: ranks as threads, and where the backend can, as processes.
+/// `failures` says whether it promises more than an end when ranks disagree or do not come.
 macro_rules! suites {
-    ($($name:ident: $backend:literal, worlds $worlds:expr, failures: $failures:literal;)*) => {$(
+    ($($name:ident: $backend:literal, threads $threads:expr, processes $processes:expr, failures $failures:literal;)*) => {$(
         mod $name {
             use crate::{product, programs, suite};
 
             #[test]
             fn every_pair_of_factors_gives_what_the_model_gives() {
                 let cases = product::pairwise();
-                let ran: usize = $worlds.iter().map(|&n| suite::run_product($backend, n, &cases)).sum();
+                let ran: usize = $threads.iter().map(|&n| suite::run_product($backend, n, &cases)).sum();
                 println!("{ran} cases of the product ran on {}", $backend);
             }
 
             #[test]
             fn every_named_case_holds() {
-                let ran: usize = $worlds.iter().map(|&n| suite::run_cases($backend, n, $failures)).sum();
+                let ran: usize = $threads.iter().map(|&n| suite::run_cases($backend, n, $failures)).sum();
                 println!("{ran} named cases ran on {}", $backend);
             }
 
             #[test]
             fn random_programs_give_what_the_model_gives() {
-                for n in $worlds {
+                for n in $threads {
                     programs::run($backend, n, 12);
+                }
+            }
+
+            #[test]
+            fn the_whole_suite_holds_between_processes() {
+                let worlds: &[usize] = &$processes;
+                for &n in worlds {
+                    let name = "the_whole_suite_holds_between_processes";
+                    tch_distributed::testing::run_processes(n, name, || suite::run_in_process($backend, $failures));
                 }
             }
         }

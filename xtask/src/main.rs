@@ -5,6 +5,7 @@
 mod cache;
 mod cargo;
 mod ci;
+mod conformance;
 mod demo;
 mod locate;
 mod pip;
@@ -30,6 +31,7 @@ const COMMANDS: &[Command] = &[
     Command { name: "setup", about: setup::ABOUT, run: setup::run },
     Command { name: "demo", about: demo::ABOUT, run: demo::run },
     Command { name: "test", about: test::ABOUT, run: test::run },
+    Command { name: "conformance", about: conformance::ABOUT, run: conformance::run },
     Command { name: "ci", about: ci::ABOUT, run: ci::run },
 ];
 
@@ -60,9 +62,9 @@ fn usage() -> String {
     let mut text = String::from("usage: cargo xtask <command> [arguments]\n\n");
     for command in COMMANDS {
         let mut lines = command.about.lines();
-        text += &format!("  {:<7} {}\n", command.name, lines.next().unwrap_or_default());
+        text += &format!("  {:<12}{}\n", command.name, lines.next().unwrap_or_default());
         for line in lines {
-            text += &format!("          {line}\n");
+            text += &format!("              {line}\n");
         }
     }
     text

@@ -16,8 +16,6 @@ pub struct NamedCase {
     pub name: &'static str,
     /// The smallest world in which it says something.
     pub ranks: usize,
-    /// Whether it is about what happens when ranks disagree or do not come.
-    pub failure: bool,
     pub body: fn(&ProcessGroup),
 }
 
@@ -25,22 +23,18 @@ pub struct NamedCase {
 macro_rules! list {
     ($($ranks:literal $name:ident;)*) => {
         pub(super) const CASES: &[super::NamedCase] =
-            &[$(super::NamedCase { name:
-                name: stringify!($name),
-                ranks: $ranks,
-                failure: module_path!().len() > 8 && matches!(module_path!().as_bytes().split_last_chunk::<8>(), Some((_, b"failures"))),
-                body: $name,
-             }),*];
+            &[$(super::NamedCase { name: stringify!($name), ranks: $ranks, body: $name }),*];
     };
 }
 use list;
 
-/// All of them.
-pub fn all() -> Vec<&'static NamedCase> {
+/// All of them; those about failures only if asked for.
+pub fn all(failures: bool) -> Vec<&'static NamedCase> {
+    let about_failures = if failures { failures::CASES } else { &[] };
     [
         arguments::CASES,
         asynchronous::CASES,
-        failures::CASES,
+        about_failures,
         groups::CASES,
         messages::CASES,
         objects::CASES,

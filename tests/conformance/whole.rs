@@ -1,0 +1,71 @@
+//! The whole product on one backend and world, as a table: what `cargo xtask conformance` runs.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+
+use tch_distributed::{destroy_process_group, init_process_group, testing};
+
+use super::model::KINDS;
+use super::product::{self, Case};
+use super::suite;
+
+fn from_environment(name: &str, default: &str) -> String {
+    std::env::var(name).unwrap_or_else(|_| default.to_owned())
+}
+
+#[test]
+fn the_whole_product_gives_what_the_model_gives() {
+    let backend = from_environment("TCHD_CONFORMANCE_BACKEND", "native");
+    let size: usize = from_environment("TCHD_CONFORMANCE_WORLD", "2").parse().expect("a number of ranks");
+    let cases = product::whole();
+    if from_environment("TCHD_CONFORMANCE_RANKS", "threads") == "processes" {
+        testing::run_processes(size, "the_whole_product_gives_what_the_model_gives", || {
+            let group = init_process_group(backend.as_str(), Default::default()).unwrap();
+            let failures = suite::product_on(&group, &cases);
+            if group.rank() == 0 {
+                println!("{}", table(&cases, &failures));
+            }
+            suite::assert_no_failures(&failures, &backend, size);
+            destroy_process_group().unwrap();
+        });
+        return;
+    }
+    let failures = suite::world(&backend, size, |group| suite::product_on(&group, &cases)).concat();
+    println!("{backend}, {size} ranks as threads\n{}", table(&cases, &failures));
+    suite::assert_no_failures(&failures, &backend, size);
+}
+
+/// Collective and operation down, kind across: how many cases passed, how many did not.
+fn table(cases: &[Case], failures: &[(Case, String)]) -> String {
+    let row = |case: &Case| match case.op {
+        Some(op) => format!("{:?} {op}", case.collective),
+        None => format!("{:?}", case.collective),
+    };
+    let mut rows: BTreeMap<String, BTreeMap<String, (usize, usize)>> = BTreeMap::new();
+    for case in cases {
+        let cell = rows.entry(row(case)).or_default().entry(format!("{:?}", case.kind)).or_default();
+        cell.0 += 1;
+    }
+    for (case, _) in failures {
+        if let Some(cell) =
+            rows.get_mut(&row(case)).and_then(|cells| cells.get_mut(&format!("{:?}", case.kind)))
+        {
+            cell.1 += 1;
+        }
+    }
+    let mut text = format!("{:<32}", "passed (failed)");
+    KINDS.iter().for_each(|kind| {
+        let _ = write!(text, "{:>14}", format!("{kind:?}"));
+    });
+    for (name, cells) in &rows {
+        let _ = write!(text, "\n{name:<32}");
+        for kind in KINDS {
+            let (ran, failed) = cells.get(&format!("{kind:?}")).copied().unwrap_or_default();
+            let cell =
+                if failed == 0 { ran.to_string() } else { format!("{} ({failed})", ran - failed.min(ran)) };
+            let _ = write!(text, "{cell:>14}");
+        }
+    }
+    let _ = write!(text, "\n{} cases, {} failures", cases.len(), failures.len());
+    text
+}

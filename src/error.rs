@@ -187,6 +187,14 @@ pub enum Error {
         /// Why, and what to do.
         reason: String,
     },
+    /// A rank that a launcher has started failed first; the others were ended.
+    #[error("rank {rank} failed: {reason}")]
+    RankFailed {
+        /// The rank.
+        rank: usize,
+        /// Its error, or how its process ended.
+        reason: String,
+    },
     /// An object could not be serialized, or what arrived is not one.
     #[error("object could not be transferred: {reason}")]
     Object {
@@ -295,6 +303,7 @@ impl Error {
                 Self::Store { op: op.clone(), key: key.clone(), reason: reason.clone() }
             }
             Self::Rendezvous { reason } => Self::Rendezvous { reason: reason.clone() },
+            Self::RankFailed { rank, reason } => Self::RankFailed { rank: *rank, reason: reason.clone() },
             Self::Object { reason } => Self::Object { reason: reason.clone() },
             Self::Callback { reason } => Self::Callback { reason: reason.clone() },
             Self::UnusedParameters { missing } => Self::UnusedParameters { missing: missing.clone() },

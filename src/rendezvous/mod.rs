@@ -104,7 +104,7 @@ fn rendezvous_in(request: RendezvousRequest, env: Lookup<'_>) -> Result<Rendezvo
         let store = request.store.unwrap_or_else(|| Arc::new(HashStore::new()));
         return Ok(Rendezvous { store, rank, world_size, local_rank: local_rank.or(Some(0)) });
     }
-    let mut venue = |store, served, name| Venue { store, served, name, restarts: environment::restarts(env) };
+    let venue = |store, served, name| Venue { store, served, name, restarts: environment::restarts(env) };
     let venue = match request.store.clone() {
         Some(store) => venue(store, None, "the given store".to_owned()),
         None => match method.place.find(env)? {

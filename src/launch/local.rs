@@ -1,0 +1,153 @@
+//! A program that starts its own ranks.
+
+use std::fmt::Debug;
+use std::fs::DirBuilder;
+use std::os::unix::fs::DirBuilderExt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use super::signals::die_of;
+use super::supervise::{End, RankCommand, Terms, describe, supervise};
+use super::{Seat, die_with_parent, nonce};
+use crate::libtorch::panic_text;
+use crate::rendezvous::environment;
+use crate::store::TcpStore;
+use crate::{Error, Result};
+
+/// Tells a process that it is a rank: of which call, whose child, and where to leave its error.
+const CALL: &str = "TCH_DISTRIBUTED_LAUNCH";
+const PARENT: &str = "TCH_DISTRIBUTED_PARENT";
+const ERROR: &str = "TCH_DISTRIBUTED_ERROR_FILE";
+
+/// How many calls this process has made.
+static CALLS: AtomicUsize = AtomicUsize::new(0);
+
+/// Runs `body` in `n` processes of this machine, the ranks of one world.
+///
+/// Each rank is this program again, with the same arguments, up to this very call: there it runs
+/// `body`, which calls `init_process_group` itself, and ends. The first process runs no rank; it
+/// waits for them and then goes on. What should happen once goes behind the call, what every rank needs
+/// goes before it or into `body`.
+///
+/// Under torchrun, `tchrun`, `mpirun` or `srun`, whose variables are set, this process is a rank already:
+/// `body` just runs.
+///
+/// # Errors
+/// [`Error::RankFailed`] with the rank that failed first and its error; the others are ended. On Ctrl-C
+/// and `SIGTERM` all ranks end, and this process too.
+///
+/// ```no_run
+/// use tch_distributed as dist;
+/// fn main() -> dist::Result<()> {
+///     dist::launch::local(2, || {
+///         let group = dist::init_process_group("native", dist::InitOptions::new())?;
+///         println!("I am {} of {}", group.rank(), group.size());
+///         dist::destroy_process_group()
+///     })
+/// }
+/// ```
+#[doc(alias = "spawn")]
+#[doc(alias = "torch.multiprocessing.spawn")]
+pub fn local<E: Debug>(n: usize, body: impl FnOnce() -> Result<(), E>) -> Result<()> {
+    if n == 0 {
+        return Err(Error::invalid("n", "it is 0, expected at least one rank"));
+    }
+    let call = CALLS.fetch_add(1, Ordering::Relaxed) + 1;
+    if let Some(own) = number::<usize>(CALL) {
+        // An earlier call is behind the parent. A later one cannot come: a rank ends in its own.
+        return if call < own { Ok(()) } else { be_a_rank(body) };
+    }
+    if environment::launched(&environment::process) {
+        let rank = environment::rank(&environment::process)?.unwrap_or(0);
+        return body().map_err(|error| Error::RankFailed { rank, reason: format!("{error:?}") });
+    }
+    let errors = Errors::new()?;
+    let store = TcpStore::server("127.0.0.1", 0, crate::store::DEFAULT_TIMEOUT)?;
+    let ranks = commands(n, call, store.port(), &errors.0)?;
+    let terms =
+        Terms { success: 0, limit: None, print: true, keep: 20, signals: true, interrupted: &|| None };
+    let report = supervise(ranks, &terms)?;
+    match report.end {
+        End::Success => Ok(()),
+        End::Signal(signal) => {
+            drop(errors); // a process that dies of a signal cleans up nothing
+            die_of(signal)
+        }
+        End::Failed(failure) => {
+            let how = describe(failure.status);
+            let reason = failure.error.unwrap_or_else(|| match failure.stderr.as_slice() {
+                [] => how,
+                lines => format!("{how}; it last said:\n{}", lines.join("\n")),
+            });
+            Err(Error::RankFailed { rank: failure.rank, reason })
+        }
+        End::Interrupted(reason) => Err(Error::Rendezvous { reason }),
+        End::Limit(ranks) => Err(Error::Rendezvous { reason: format!("ranks {ranks:?} did not end") }),
+    }
+}
+
+fn number<T: std::str::FromStr>(variable: &str) -> Option<T> {
+    std::env::var(variable).ok()?.parse().ok()
+}
+
+/// Runs the body as a rank, leaves its error for the launcher, and ends.
+fn be_a_rank<E: Debug>(body: impl FnOnce() -> Result<(), E>) -> ! {
+    if let Some(parent) = number(PARENT) {
+        die_with_parent(parent);
+    }
+    let (code, error) = match catch_unwind(AssertUnwindSafe(body)) {
+        Ok(Ok(())) => (0, None),
+        Ok(Err(error)) => (1, Some(format!("{error:?}"))),
+        Err(panic) => (101, Some(format!("it panicked: {}", panic_text(&*panic)))),
+    };
+    if let (Some(error), Some(file)) = (error, std::env::var_os(ERROR)) {
+        // Without the file the launcher still has the exit status and stderr.
+        let _ = std::fs::write(file, error);
+    }
+    std::process::exit(code)
+}
+
+/// The folder where ranks leave their errors, removed at the end.
+struct Errors(PathBuf);
+
+impl Errors {
+    fn new() -> Result<Self> {
+        let path = std::env::temp_dir().join(format!("tchd-launch-{}", nonce()));
+        DirBuilder::new().mode(0o700).create(&path)?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for Errors {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+fn commands(n: usize, call: usize, port: u16, errors: &Path) -> Result<Vec<RankCommand>> {
+    let program = std::env::current_exe()?;
+    let run_id = nonce();
+    let command = |rank: usize| {
+        let mut command = Command::new(&program);
+        command.args(std::env::args_os().skip(1));
+        let seat = Seat {
+            rank,
+            world_size: n,
+            local_rank: rank,
+            local_world_size: n,
+            node: 0,
+            nodes: 1,
+            master_addr: "127.0.0.1".to_owned(),
+            master_port: port,
+            run_id: run_id.clone(),
+            agent_store: true,
+        };
+        seat.give(&mut command);
+        let file = errors.join(rank.to_string());
+        command.env(CALL, call.to_string()).env(PARENT, std::process::id().to_string()).env(ERROR, &file);
+        RankCommand { rank, command, error_file: Some(file) }
+    };
+    Ok((0..n).map(command).collect())
+}

@@ -1,0 +1,352 @@
+//! The `tchrun` program: torchrun for programs that are no Python.
+
+use std::ffi::OsString;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use clap::Parser;
+use parking_lot::Mutex;
+
+use super::signals::die_of;
+use super::supervise::{End, Failure, RankCommand, Terms, describe, supervise};
+use super::{Seat, die_with_parent, nonce};
+use crate::store::{PrefixStore, Store, TcpStore};
+use crate::{Error, Result};
+
+/// torchrun's port where several nodes meet.
+const PORT: u16 = 29500;
+/// How long nodes wait for each other at the start: torchrun's.
+const JOIN: Duration = Duration::from_secs(600);
+/// How often nodes tell each other that they live, and how long one may be silent.
+const BEAT: Duration = Duration::from_millis(500);
+const SILENT: Duration = Duration::from_secs(30);
+/// The hidden first argument of a rank: tchrun itself, about to become the program.
+const BECOME: &str = "--become-rank-of";
+
+/// Runs a program as the ranks of one world.
+///
+/// Sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT and the rest as torchrun does. The first
+/// rank to fail ends all others, on all nodes; its exit status is tchrun's.
+#[derive(Debug, Parser)]
+#[command(name = "tchrun", version)]
+struct Options {
+    /// Ranks on this node: a number, `auto` (one a GPU, else one), `gpu`, or `cpu` (one a core).
+    #[arg(long, alias = "nproc_per_node", default_value = "auto")]
+    nproc_per_node: String,
+    /// How many nodes.
+    #[arg(long, default_value_t = 1)]
+    nnodes: usize,
+    /// Which node this is, from 0. Node 0 serves the store.
+    #[arg(long, alias = "node_rank", default_value_t = 0)]
+    node_rank: usize,
+    /// Node 0's address; needed with several nodes.
+    #[arg(long, alias = "master_addr")]
+    master_addr: Option<String>,
+    /// Node 0's port: any free one on one node, 29500 on several.
+    #[arg(long, alias = "master_port")]
+    master_port: Option<u16>,
+    /// A name for the job, to tell it from others.
+    #[arg(long, alias = "rdzv-id", alias = "rdzv_id", alias = "run_id")]
+    run_id: Option<String>,
+    /// Everything on this node with a port of its own (as without any of the other options).
+    #[arg(long)]
+    standalone: bool,
+    /// torchrun's flag for programs that are no Python: all are.
+    #[arg(long, alias = "no_python")]
+    no_python: bool,
+    /// The program and its arguments.
+    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+    program: Vec<OsString>,
+}
+
+/// The whole program; its exit code.
+pub fn main() -> i32 {
+    let mut arguments: Vec<OsString> = std::env::args_os().collect();
+    if arguments.get(1).is_some_and(|argument| argument == BECOME) {
+        return become_rank(&arguments.split_off(2));
+    }
+    match run(Options::parse_from(arguments)) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("tchrun: {error}");
+            1
+        }
+    }
+}
+
+/// Ties this process's life to the launcher's, then becomes the program: that stays through `exec`.
+fn become_rank(arguments: &[OsString]) -> i32 {
+    let [parent, program, rest @ ..] = arguments else { return 2 };
+    if let Some(parent) = parent.to_str().and_then(|text| text.parse().ok()) {
+        die_with_parent(parent);
+    }
+    let error = Command::new(program).args(rest).exec();
+    eprintln!("tchrun: cannot run {}: {error}", program.to_string_lossy());
+    127
+}
+
+fn ranks_here(text: &str) -> Result<usize> {
+    let gpus = || usize::try_from(tch::Cuda::device_count()).unwrap_or(0);
+    let ranks = match text {
+        "cpu" => num_cpus::get(),
+        "gpu" => gpus(),
+        "auto" => gpus().max(1),
+        number => number.parse().unwrap_or(0),
+    };
+    if ranks == 0 {
+        return Err(Error::invalid(
+            "nproc-per-node",
+            format!("{text:?} gives no rank, expected a number from 1, auto, gpu or cpu"),
+        ));
+    }
+    Ok(ranks)
+}
+
+fn run(options: Options) -> Result<i32> {
+    let here = ranks_here(&options.nproc_per_node)?;
+    if options.node_rank >= options.nnodes {
+        return Err(Error::invalid(
+            "node-rank",
+            format!("it is {}, expected less than nnodes, {}", options.node_rank, options.nnodes),
+        ));
+    }
+    let nodes = Nodes::meet(&options, here)?;
+    let program = std::env::current_exe()?;
+    let command = |local_rank: usize| {
+        let mut command = Command::new(&program);
+        command.arg(BECOME).arg(std::process::id().to_string()).args(&options.program);
+        let rank = nodes.first_rank + local_rank;
+        let seat = Seat {
+            rank,
+            world_size: nodes.world_size,
+            local_rank,
+            local_world_size: here,
+            node: options.node_rank,
+            nodes: options.nnodes,
+            master_addr: nodes.host.clone(),
+            master_port: nodes.store.port(),
+            run_id: nodes.run_id.clone(),
+            agent_store: true,
+        };
+        seat.give(&mut command);
+        RankCommand { rank, command, error_file: None }
+    };
+    let news = nodes.watch();
+    let terms = Terms {
+        success: 0,
+        limit: None,
+        print: true,
+        keep: 20,
+        signals: true,
+        interrupted: &|| news.lock().clone(),
+    };
+    let report = supervise((0..here).map(command).collect(), &terms)?;
+    match report.end {
+        End::Success => nodes.leave(&news),
+        End::Failed(failure) => {
+            let text = tell(&failure, &options);
+            nodes.tell(&format!("rank {} failed: {}", failure.rank, describe(failure.status)));
+            eprintln!("{text}");
+            Ok(failure.status.code().unwrap_or_else(|| 128 + failure.status.signal().unwrap_or(0)))
+        }
+        End::Signal(signal) => {
+            nodes.tell(&format!("node {} was interrupted", options.node_rank));
+            die_of(signal)
+        }
+        End::Interrupted(reason) => Err(Error::Rendezvous { reason }),
+        End::Limit(ranks) => Err(Error::Rendezvous { reason: format!("ranks {ranks:?} did not end") }),
+    }
+}
+
+/// The report of a failure.
+fn tell(failure: &Failure, options: &Options) -> String {
+    let program = options.program.first().map(|p| p.to_string_lossy().into_owned()).unwrap_or_default();
+    let mut text = format!("tchrun: rank {} of {program} failed: {}", failure.rank, describe(failure.status));
+    if options.nnodes > 1 {
+        text += &format!(" (on node {})", options.node_rank);
+    }
+    if !failure.stderr.is_empty() {
+        text += "; its last lines on stderr:";
+        failure.stderr.iter().for_each(|line| text += &format!("\n    {line}"));
+    }
+    text
+}
+
+/// This node among the others.
+struct Nodes {
+    store: Arc<TcpStore>,
+    keys: PrefixStore<Arc<TcpStore>>,
+    host: String,
+    run_id: String,
+    node: usize,
+    count: usize,
+    first_rank: usize,
+    world_size: usize,
+    over: Arc<AtomicBool>,
+}
+
+impl Nodes {
+    /// Meets the other nodes: how many ranks each has, and the job's name.
+    ///
+    /// Keys under `tchrun/`: `node/<n>` counts claims of a number, `ranks/<n>` is the number of ranks,
+    /// `id` the job's name, `failed` why all end, `beat/<n>` counts up while the node lives, `done/<n>`
+    /// is set when its ranks have ended well.
+    fn meet(options: &Options, here: usize) -> Result<Self> {
+        let (node, count) = (options.node_rank, options.nnodes);
+        let host = match (&options.master_addr, count) {
+            (Some(host), _) => host.clone(),
+            (None, 1) => "127.0.0.1".to_owned(),
+            (None, _) => {
+                return Err(Error::MissingArgument {
+                    argument: "master-addr",
+                    builder: "--master-addr",
+                    variable: "--master-addr",
+                });
+            }
+        };
+        let port = options.master_port.unwrap_or(if count == 1 || options.standalone { 0 } else { PORT });
+        let store = Arc::new(if node == 0 {
+            TcpStore::server(&host, port, JOIN)?
+        } else {
+            TcpStore::connect(&host, port, JOIN)?
+        });
+        store.set_timeout(JOIN);
+        let keys = PrefixStore::new("tchrun", store.clone());
+        if keys.add(&format!("node/{node}"), 1)? > 1 {
+            let reason = format!("two nodes claim the number {node}: give each its own --node-rank");
+            keys.compare_set("failed", b"", reason.as_bytes())?;
+            return Err(Error::Rendezvous { reason });
+        }
+        keys.set(&format!("ranks/{node}"), format!("{here} {count}").as_bytes())?;
+        if node == 0 {
+            let id = options.run_id.clone().unwrap_or_else(nonce);
+            keys.set("id", id.as_bytes())?;
+        }
+        let run_id = String::from_utf8_lossy(&keys.get("id")?).into_owned();
+        if let Some(own) = &options.run_id
+            && *own != run_id
+        {
+            let reason =
+                format!("another job ({run_id:?}) meets at {host}:{}, this is {own:?}", store.port());
+            return Err(Error::Rendezvous { reason });
+        }
+        let started = Instant::now();
+        let (mut first_rank, mut world_size, mut spoke) = (0, 0, false);
+        for other in 0..count {
+            let key = format!("ranks/{other}");
+            while !keys.check(&[&key])? {
+                if keys.check(&["failed"])? {
+                    let reason = String::from_utf8_lossy(&keys.get("failed")?).into_owned();
+                    return Err(Error::Rendezvous { reason });
+                }
+                if started.elapsed() > JOIN {
+                    return Err(Error::Rendezvous { reason: format!("node {other} did not come in time") });
+                }
+                if !spoke && started.elapsed() > Duration::from_secs(10) {
+                    eprintln!("tchrun: still waiting for node {other}");
+                    spoke = true;
+                }
+                thread::sleep(Duration::from_millis(20));
+            }
+            let value = String::from_utf8_lossy(&keys.get(&key)?).into_owned();
+            let mut numbers = value.split(' ').filter_map(|n| n.parse::<usize>().ok());
+            let (ranks, nodes) = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+            if nodes != count {
+                let reason =
+                    format!("node {other} was started with --nnodes {nodes}, node {node} with {count}");
+                keys.compare_set("failed", b"", reason.as_bytes())?;
+                return Err(Error::Rendezvous { reason });
+            }
+            first_rank += if other < node { ranks } else { 0 };
+            world_size += ranks;
+        }
+        let over = Arc::default();
+        Ok(Self { store, keys, host, run_id, node, count, first_rank, world_size, over })
+    }
+
+    /// Listens to the other nodes; what is told there is why this one ends.
+    fn watch(&self) -> Arc<Mutex<Option<String>>> {
+        let news = Arc::new(Mutex::new(None));
+        if self.count == 1 {
+            return news;
+        }
+        let (keys, node, count) = (self.keys.clone(), self.node, self.count);
+        let (over, told) = (self.over.clone(), news.clone());
+        thread::spawn(move || {
+            let mut seen = vec![(0, Instant::now()); count];
+            while !over.load(Ordering::Relaxed) {
+                match listen(&keys, node, &mut seen) {
+                    Ok(None) => {}
+                    Ok(Some(reason)) => *told.lock() = Some(reason),
+                    Err(error) if node != 0 => *told.lock() = Some(format!("node 0 is gone: {error}")),
+                    Err(_) => {}
+                }
+                thread::sleep(BEAT);
+            }
+        });
+        news
+    }
+
+    /// Tells the other nodes to end.
+    fn tell(&self, reason: &str) {
+        self.over.store(true, Ordering::Relaxed);
+        if self.count > 1 {
+            let told =
+                self.keys.compare_set("failed", b"", format!("{reason} (node {})", self.node).as_bytes());
+            if told.is_ok() && self.node == 0 {
+                // The store goes with this process: let the others read.
+                thread::sleep(BEAT * 3);
+            }
+        }
+    }
+
+    /// This node's ranks have ended well. Node 0 serves the store until all others' have.
+    fn leave(&self, news: &Mutex<Option<String>>) -> Result<i32> {
+        if self.count > 1 {
+            self.keys.set(&format!("done/{}", self.node), b"")?;
+            if self.node == 0 {
+                let all: Vec<String> = (0..self.count).map(|n| format!("done/{n}")).collect();
+                let all: Vec<&str> = all.iter().map(String::as_str).collect();
+                while !self.keys.check(&all)? {
+                    if let Some(reason) = news.lock().clone() {
+                        return Err(Error::Rendezvous { reason });
+                    }
+                    thread::sleep(Duration::from_millis(50));
+                }
+            } else {
+                // A write is not answered; a read behind it is.
+                self.keys.check(&[&format!("done/{}", self.node)])?;
+            }
+        }
+        self.over.store(true, Ordering::Relaxed);
+        Ok(0)
+    }
+}
+
+fn listen(
+    keys: &PrefixStore<Arc<TcpStore>>,
+    node: usize,
+    seen: &mut [(i64, Instant)],
+) -> Result<Option<String>> {
+    if keys.check(&["failed"])? {
+        return Ok(Some(String::from_utf8_lossy(&keys.get("failed")?).into_owned()));
+    }
+    keys.add(&format!("beat/{node}"), 1)?;
+    if node == 0 {
+        for (other, (beat, since)) in seen.iter_mut().enumerate().skip(1) {
+            let now = keys.add(&format!("beat/{other}"), 0)?;
+            if now != *beat || keys.check(&[&format!("done/{other}")])? {
+                (*beat, *since) = (now, Instant::now());
+            } else if since.elapsed() > SILENT {
+                let reason = format!("node {other} has been silent for {SILENT:?}");
+                keys.compare_set("failed", b"", reason.as_bytes())?;
+                return Ok(Some(reason));
+            }
+        }
+    }
+    Ok(None)
+}

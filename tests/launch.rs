@@ -1,0 +1,367 @@
+//! Launchers, from outside: `launch::local` in a program of its own, and `tchrun` around any program.
+//!
+//! A test of `local` runs this test binary again, on itself alone, with `PLAY` set: that process plays
+//! the user's program.
+
+use std::io::Read;
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use tch_distributed as dist;
+use tch_distributed::store::{Store, TcpStore};
+
+const PLAY: &str = "LAUNCH_TEST_PLAYS";
+const LIMIT: Duration = Duration::from_secs(60);
+
+fn tchrun(arguments: &[&str]) -> Command {
+    let mut command = clean(Command::new(env!("CARGO_BIN_EXE_tchrun")));
+    command.args(arguments);
+    command
+}
+
+fn clean(mut command: Command) -> Command {
+    for name in ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS"] {
+        command.env_remove(name);
+    }
+    command.stdin(Stdio::null());
+    command
+}
+
+/// This binary, playing the program that `test` is when it plays.
+fn program(test: &str) -> Command {
+    let mut command = clean(Command::new(std::env::current_exe().unwrap()));
+    command.args(["--exact", test, "--nocapture"]).env(PLAY, "1");
+    command
+}
+
+fn plays() -> bool {
+    std::env::var_os(PLAY).is_some()
+}
+
+/// Runs to the end, within the limit.
+fn finish(mut command: Command) -> Output {
+    let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    wait(child)
+}
+
+fn wait(mut child: Child) -> Output {
+    let mut pipes = (child.stdout.take().unwrap(), child.stderr.take().unwrap());
+    let out = std::thread::spawn(move || {
+        let mut bytes = Vec::new();
+        pipes.0.read_to_end(&mut bytes).map(|_| bytes)
+    });
+    let err = std::thread::spawn(move || {
+        let mut bytes = Vec::new();
+        pipes.1.read_to_end(&mut bytes).map(|_| bytes)
+    });
+    let started = Instant::now();
+    let status = loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            break status;
+        }
+        if started.elapsed() > LIMIT {
+            child.kill().unwrap();
+            panic!("it did not end in {LIMIT:?}");
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    };
+    Output { status, stdout: out.join().unwrap().unwrap(), stderr: err.join().unwrap().unwrap() }
+}
+
+fn out(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+fn err(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// Waits until no process has this word among its arguments.
+fn gone(word: &str) {
+    let started = Instant::now();
+    loop {
+        let alive: Vec<String> = std::fs::read_dir("/proc")
+            .unwrap()
+            .filter_map(|entry| std::fs::read(entry.ok()?.path().join("cmdline")).ok())
+            .map(|line| String::from_utf8_lossy(&line).into_owned())
+            .filter(|line| line.contains(word))
+            .collect();
+        if alive.is_empty() {
+            return;
+        }
+        assert!(started.elapsed() < Duration::from_secs(20), "still there: {alive:?}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+fn signal(child: &Child, name: &str) {
+    assert!(Command::new("kill").args([name, &child.id().to_string()]).status().unwrap().success());
+}
+
+/// Reads the child's stdout until a line holds the word.
+fn until(child: &mut Child, word: &str) -> String {
+    let mut text = String::new();
+    let mut byte = [0];
+    while !text.contains(word) {
+        assert_eq!(child.stdout.as_mut().unwrap().read(&mut byte).unwrap(), 1, "it ended: {text}");
+        text.push(byte[0] as char);
+    }
+    text
+}
+
+/// A body that says something.
+fn says(text: &str) -> Result<(), ()> {
+    println!("{text}");
+    Ok(())
+}
+
+fn unique(word: &str) -> String {
+    format!("{word}-{}", std::process::id())
+}
+
+#[test]
+fn local_runs_the_body_once_a_rank_and_the_ranks_reach_each_other() {
+    let name = "local_runs_the_body_once_a_rank_and_the_ranks_reach_each_other";
+    if plays() {
+        dist::launch::local(3, || -> dist::Result<()> {
+            let number = |name: &str| std::env::var(name).unwrap().parse::<u16>().unwrap();
+            let store =
+                TcpStore::connect(std::env::var("MASTER_ADDR").unwrap(), number("MASTER_PORT"), LIMIT)?;
+            store.add("sum", number("RANK").into())?;
+            store.set(&format!("rank {}", number("RANK")), b"")?;
+            store.wait(&["rank 0", "rank 1", "rank 2"], LIMIT)?;
+            println!("sum {} local {}", store.add("sum", 0)?, number("LOCAL_RANK"));
+            Ok(())
+        })
+        .unwrap();
+        println!("all done");
+        return;
+    }
+    let output = finish(program(name));
+    let text = out(&output);
+    assert!(output.status.success(), "{text}{}", err(&output));
+    for rank in 0..3 {
+        assert!(text.contains(&format!("[rank {rank}] sum 3 local {rank}\n")), "{text}");
+    }
+    assert_eq!(text.matches("all done").count(), 1, "{text}");
+}
+
+#[test]
+fn the_first_error_of_a_rank_is_what_local_returns_and_the_others_end() {
+    let name = "the_first_error_of_a_rank_is_what_local_returns_and_the_others_end";
+    if plays() {
+        let result = dist::launch::local(3, || {
+            if std::env::var("RANK").unwrap() == "1" {
+                return Err("no such file: data.bin");
+            }
+            std::thread::sleep(Duration::from_secs(600));
+            Ok(())
+        });
+        println!("result: {}", result.unwrap_err());
+        return;
+    }
+    let output = finish(program(name));
+    let text = out(&output);
+    assert!(text.contains("result: rank 1 failed: \"no such file: data.bin\""), "{text}{}", err(&output));
+}
+
+#[test]
+fn a_rank_that_is_killed_is_what_local_returns() {
+    let name = "a_rank_that_is_killed_is_what_local_returns";
+    if plays() {
+        let result = dist::launch::local(2, || {
+            if std::env::var("RANK").unwrap() == "1" {
+                let me = std::process::id().to_string();
+                Command::new("kill").args(["-9", &me]).status().unwrap();
+            }
+            std::thread::sleep(Duration::from_secs(600));
+            Ok::<(), ()>(())
+        });
+        println!("result: {}", result.unwrap_err());
+        return;
+    }
+    let text = out(&finish(program(name)));
+    assert!(text.contains("result: rank 1 failed: SIGKILL"), "{text}");
+}
+
+#[test]
+fn two_calls_of_local_each_run_their_own_body() {
+    let name = "two_calls_of_local_each_run_their_own_body";
+    if plays() {
+        dist::launch::local(2, || says("first")).unwrap();
+        dist::launch::local(1, || says("second")).unwrap();
+        return;
+    }
+    let text = out(&finish(program(name)));
+    assert_eq!((text.matches("] first").count(), text.matches("] second").count()), (2, 1), "{text}");
+}
+
+#[test]
+fn under_a_launcher_local_just_runs_the_body() {
+    let name = "under_a_launcher_local_just_runs_the_body";
+    if plays() {
+        dist::launch::local(7, || says(&format!("body in {}", std::process::id()))).unwrap();
+        println!("main in {}", std::process::id());
+        return;
+    }
+    for (rank, size) in [
+        ("RANK", "WORLD_SIZE"),
+        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+        ("SLURM_PROCID", "SLURM_NTASKS"),
+    ] {
+        let mut command = program(name);
+        command.env(rank, "0").env(size, "1");
+        let text = out(&finish(command));
+        let number =
+            |word: &str| text.split(word).nth(1).unwrap().split_whitespace().next().unwrap().to_owned();
+        assert_eq!(number("body in "), number("main in "), "{text}");
+    }
+}
+
+#[test]
+fn an_interrupted_local_ends_all_its_ranks_and_itself() {
+    let name = "an_interrupted_local_ends_all_its_ranks_and_itself";
+    if plays() {
+        let _ = dist::launch::local(2, || {
+            let word = std::env::var("WORD").unwrap();
+            let mut below = Command::new("sh").args(["-c", "sleep 600; true", &word]).spawn().unwrap();
+            println!("ready");
+            below.wait().unwrap();
+            Ok::<(), ()>(())
+        });
+        return;
+    }
+    for how in ["-INT", "-TERM"] {
+        let word = unique(&format!("interrupted{how}"));
+        let mut command = program(name);
+        command.env("WORD", &word).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        until(&mut child, "ready\n");
+        until(&mut child, "ready\n");
+        signal(&child, how);
+        let output = wait(child);
+        assert!(!output.status.success(), "{}", out(&output));
+        gone(&word);
+    }
+}
+
+#[test]
+fn tchrun_gives_each_rank_torchruns_variables_and_prefixes_its_lines() {
+    let script = "echo $RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $GROUP_RANK $TORCHELASTIC_RESTART_COUNT; \
+                  echo oops >&2";
+    for flag in ["--nproc-per-node", "--nproc_per_node"] {
+        let output = finish(tchrun(&[flag, "3", "sh", "-c", script]));
+        assert!(output.status.success(), "{}", err(&output));
+        for rank in 0..3 {
+            assert!(
+                out(&output).contains(&format!("[rank {rank}] {rank} {rank} 3 3 0 0\n")),
+                "{}",
+                out(&output)
+            );
+            assert!(err(&output).contains(&format!("[rank {rank}] oops\n")), "{}", err(&output));
+        }
+    }
+}
+
+#[test]
+fn tchrun_ends_with_the_code_of_the_rank_that_failed_first_and_says_which() {
+    let script = "if [ $RANK = 1 ]; then echo bad luck >&2; exit 7; fi; sleep 600";
+    let output = finish(tchrun(&["--nproc-per-node", "3", "sh", "-c", script, &unique("first-code")]));
+    assert_eq!(output.status.code(), Some(7));
+    let text = err(&output);
+    assert!(text.contains("rank 1 of sh failed: exit status 7"), "{text}");
+    assert!(text.contains("    bad luck"), "{text}");
+    gone(&unique("first-code"));
+}
+
+#[test]
+fn tchrun_names_the_signal_that_killed_a_rank() {
+    let script = "if [ $RANK = 2 ]; then kill -9 $$; fi; sleep 600";
+    let output = finish(tchrun(&["--nproc-per-node", "3", "sh", "-c", script, &unique("nine")]));
+    assert_eq!(output.status.code(), Some(128 + 9));
+    assert!(err(&output).contains("rank 2 of sh failed: SIGKILL"), "{}", err(&output));
+    gone(&unique("nine"));
+}
+
+#[test]
+fn an_interrupted_or_killed_tchrun_leaves_no_process() {
+    for how in ["-INT", "-TERM", "-KILL"] {
+        let word = unique(&format!("left{how}"));
+        let script = "echo ready; sleep 600 & wait";
+        let mut command = tchrun(&["--nproc-per-node", "2", "sh", "-c", script, &word]);
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        until(&mut child, "ready\n");
+        until(&mut child, "ready\n");
+        signal(&child, how);
+        let _ = child.wait().unwrap();
+        gone(&word);
+    }
+}
+
+#[test]
+fn a_program_that_is_not_there_is_said() {
+    let output = finish(tchrun(&["--nproc-per-node", "2", "./no-such-program"]));
+    assert_eq!(output.status.code(), Some(127));
+    assert!(err(&output).contains("cannot run ./no-such-program"), "{}", err(&output));
+}
+
+#[test]
+fn what_is_wrong_with_tchruns_arguments_is_said() {
+    for (arguments, words) in [
+        (vec!["--nproc-per-node", "none", "true"], "nproc-per-node"),
+        (vec!["--nnodes", "2", "--node-rank", "2", "true"], "node-rank"),
+        (vec!["--nnodes", "2", "--node-rank", "0", "true"], "--master-addr"),
+        (
+            vec!["--nnodes", "2", "--node-rank", "1", "--master-addr", "no-such.invalid", "true"],
+            "does not resolve",
+        ),
+    ] {
+        let output = finish(tchrun(&arguments));
+        assert!(!output.status.success());
+        assert!(err(&output).contains(words), "{arguments:?}: {}", err(&output));
+    }
+}
+
+/// Two nodes on this machine; each node's output.
+fn two_nodes(script: [&str; 2], ranks: [&str; 2]) -> [Output; 2] {
+    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = free.local_addr().unwrap().port().to_string();
+    drop(free);
+    let node = |n: usize| {
+        let number = n.to_string();
+        let mut command = tchrun(&["--nnodes", "2", "--node-rank", &number, "--nproc-per-node", ranks[n]]);
+        command.args(["--master-addr", "127.0.0.1", "--master-port", &port, "sh", "-c", script[n]]);
+        command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+    };
+    let second = node(1);
+    let first = node(0);
+    [wait(first), wait(second)]
+}
+
+#[test]
+fn ranks_of_several_nodes_are_numbered_through() {
+    let script = "echo $RANK $LOCAL_RANK $WORLD_SIZE $GROUP_RANK $MASTER_PORT";
+    let [first, second] = two_nodes([script; 2], ["1", "2"]);
+    assert!(first.status.success() && second.status.success(), "{}{}", err(&first), err(&second));
+    assert!(out(&first).contains("[rank 0] 0 0 3 0 "), "{}", out(&first));
+    assert!(out(&second).contains("[rank 1] 1 0 3 1 ") && out(&second).contains("[rank 2] 2 1 3 1 "));
+}
+
+#[test]
+fn a_rank_that_fails_on_one_node_ends_the_ranks_of_the_others() {
+    let [first, second] = two_nodes(["sleep 600", "exit 5"], ["1", "1"]);
+    assert_eq!(second.status.code(), Some(5));
+    assert!(!first.status.success());
+    assert!(err(&first).contains("rank 1 failed: exit status 5"), "{}", err(&first));
+}
+
+#[test]
+fn ranks_share_the_cores_unless_told_otherwise() {
+    let cores = std::thread::available_parallelism().unwrap().get();
+    let mine = |ranks: usize| format!("] {}\n", (cores / ranks).max(1));
+    let output = finish(tchrun(&["--nproc-per-node", "2", "sh", "-c", "echo $OMP_NUM_THREADS"]));
+    assert_eq!(out(&output).matches(&mine(2)).count(), 2, "{}", out(&output));
+    let mut told = tchrun(&["--nproc-per-node", "2", "sh", "-c", "echo $OMP_NUM_THREADS"]);
+    told.env("OMP_NUM_THREADS", "13");
+    assert_eq!(out(&finish(told)).matches("] 13\n").count(), 2);
+}

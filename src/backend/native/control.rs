@@ -53,6 +53,9 @@ pub(crate) trait Control: Send + Sync {
     /// A pending message whose deadline has passed.
     fn overdue(&self, now: Instant) -> Option<Overdue>;
 
+    /// A peer that is not there any more and whose message is waited for.
+    fn stranded(&self) -> Option<usize>;
+
     /// How many messages have not ended.
     fn pending(&self) -> usize;
 
@@ -76,8 +79,8 @@ pub(crate) struct Overdue {
 
 /// The engine, as its control channel sees it.
 pub(crate) trait Listener: Send + Sync {
-    /// A peer, or the channel itself, found that the group has failed.
-    fn poisoned(&self, cause: &Cause);
+    /// The group has failed, as a peer says or the channel found itself.
+    fn failed(&self, cause: &Cause);
 
     /// The presence of a peer has changed, or an answer came.
     fn changed(&self);

@@ -37,6 +37,17 @@ impl Diagnosis {
     }
 
     /// The verdict, once there is one; the group has failed then.
+    /// The failure when a message is waited for from a peer that is gone.
+    pub(crate) fn absent_peer(engine: &Engine, rank: usize) -> Error {
+        let words = match engine.control.presence().swap_remove(rank) {
+            Presence::Here => String::new(),
+            Presence::Left(_) => "it has shut the group down".to_owned(),
+            Presence::Closed(_) => "it closed the group without a shutdown".to_owned(),
+            Presence::Lost(words) => words,
+        };
+        Error::PeerLost { rank, op: String::new(), source: Some(std::io::Error::other(words)) }
+    }
+
     pub(crate) fn advance(&mut self, engine: &Engine) -> Option<Error> {
         if let Some(error) = engine.failed(Some(self.stamp)) {
             return Some(error);
@@ -46,10 +57,10 @@ impl Diagnosis {
         let (cause, error) = match &self.finding {
             Error::Desync { .. } => (self.vote(engine, late)?, None),
             Error::Timeout { .. } => (self.missing(engine, late, now)?, None),
-            // Between threads, and where a peer said so itself, there is nothing to wait for; but the
-            // peer that is gone may have gone because of another.
+            // Who goes because of another says so before it closes its control channel. Once that is
+            // closed there is nothing more to come.
             Error::PeerLost { rank, source, .. } => {
-                if !late && engine.size > 2 {
+                if !late && engine.control.presence()[*rank] == Presence::Here {
                     return None;
                 }
                 let words = source.as_ref().map(ToString::to_string).unwrap_or_default();
@@ -59,7 +70,7 @@ impl Diagnosis {
             Error::Aborted if !late => return None,
             other => (Cause::of(other, engine.rank), Some(Arc::new(other.duplicate()))),
         };
-        engine.fail(cause, error, true);
+        engine.fail(cause, error);
         engine.failed(Some(self.stamp))
     }
 
@@ -67,10 +78,11 @@ impl Diagnosis {
     fn vote(&mut self, engine: &Engine, late: bool) -> Option<Cause> {
         let answers = engine.control.answers();
         let presence = engine.control.presence();
-        let settled = (0..engine.size).all(|rank| {
-            rank == engine.rank
-                || presence[rank] != Presence::Here
-                || answers[rank].is_some_and(|a| a.entered >= self.seq)
+        let settled = (0..engine.size).all(|rank| match presence[rank] {
+            _ if rank == engine.rank => true,
+            Presence::Left(calls) if calls < self.seq => true,
+            Presence::Here | Presence::Left(_) => answers[rank].is_some_and(|a| a.entered >= self.seq),
+            Presence::Closed(_) | Presence::Lost(_) => true,
         });
         if !settled && !late {
             let now = Instant::now();

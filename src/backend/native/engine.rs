@@ -47,6 +47,8 @@ pub(crate) struct Engine {
     transfers: AtomicBool,
     /// When deadlines of messages are looked at next.
     look: Mutex<Option<Instant>>,
+    /// What a peer that is gone makes of the call in progress.
+    inquest: Mutex<Option<Inquest>>,
     /// The backend was dropped: close when nothing is pending.
     dropped: AtomicBool,
     this: Weak<Self>,
@@ -81,6 +83,13 @@ struct Active {
     diagnosis: Option<Diagnosis>,
 }
 
+/// Why a peer's absence may end the call of a number.
+struct Inquest {
+    seq: u64,
+    since: Instant,
+    diagnosis: Option<Diagnosis>,
+}
+
 struct Failure {
     cause: Cause,
     error: Arc<Error>,
@@ -91,6 +100,8 @@ fn far(from: Instant) -> Instant {
     from + Duration::from_secs(60 * 60 * 24 * 365)
 }
 
+/// How long a call may go on without a peer that is gone.
+const PATIENCE: Duration = Duration::from_millis(300);
 /// How often a blocked caller looks at what peers said.
 const LOOK: Duration = Duration::from_millis(200);
 /// How long a blocked caller spins, and how long it then yields, before it sleeps.
@@ -133,6 +144,7 @@ impl Engine {
             enlisted: AtomicBool::new(false),
             transfers: AtomicBool::new(false),
             look: Mutex::new(None),
+            inquest: Mutex::new(None),
             dropped: AtomicBool::new(false),
             this: this.clone(),
         });
@@ -156,7 +168,7 @@ impl Engine {
         if let Err(error) = progress::enlist(this) {
             self.enlisted.store(false, Ordering::SeqCst);
             let error = Arc::new(Error::Io(error));
-            self.fail(Cause::of(&error, self.rank), Some(error), true);
+            self.fail(Cause::of(&error, self.rank), Some(error));
         }
     }
 
@@ -248,16 +260,6 @@ impl Engine {
                     if self.flag(FAILED) {
                         return Err(Error::Aborted);
                     }
-                    if self.flag(ABSENT)
-                        && let Some(error) = self.absent(stamp.seq)
-                    {
-                        // It may have sent what was still needed just before it went.
-                        return match run.advance()? {
-                            Progress::Done => Ok(()),
-                            Progress::Moved => continue,
-                            Progress::Idle => Err(error),
-                        };
-                    }
                     idle += 1;
                     if idle < SPINS {
                         std::hint::spin_loop();
@@ -316,7 +318,7 @@ impl Engine {
     }
 
     /// The group has failed: the first cause ends everything that is pending.
-    pub(super) fn fail(&self, cause: Cause, error: Option<Arc<Error>>, tell: bool) -> bool {
+    pub(super) fn fail(&self, cause: Cause, error: Option<Arc<Error>>) -> bool {
         let error = error.unwrap_or_else(|| cause.shared(self.rank, None));
         {
             let mut failure = self.failure.lock();
@@ -324,12 +326,11 @@ impl Engine {
                 return false;
             }
             *failure = Some(Failure { cause: cause.clone(), error: error.clone() });
-            self.flags.fetch_or(FAILED, Ordering::SeqCst);
         }
         tracing::warn!(rank = self.rank, %error, "process group failed");
-        if tell {
-            self.control.tell(&cause);
-        }
+        // Peers first, whoever found out: nobody may see this rank go before it knows why.
+        self.control.tell(&cause);
+        self.flags.fetch_or(FAILED, Ordering::SeqCst);
         self.transport.fail();
         let pending = std::mem::take(&mut self.queue.lock().pending);
         for pending in pending {
@@ -343,6 +344,9 @@ impl Engine {
 
     /// The failure as the call of this stamp sees it.
     pub(super) fn failed(&self, stamp: Option<Stamp>) -> Option<Error> {
+        if !self.flag(FAILED) {
+            return None;
+        }
         let failure = self.failure.lock();
         failure.as_ref().map(|f| match &f.cause {
             Cause::Lost { .. } if matches!(*f.error, Error::PeerLost { .. }) => {
@@ -353,11 +357,14 @@ impl Engine {
     }
 
     pub(crate) fn failure(&self) -> Option<Arc<Error>> {
+        if !self.flag(FAILED) {
+            return None;
+        }
         self.failure.lock().as_ref().map(|f| f.error.clone())
     }
 
     pub(crate) fn abort(&self, cause: &Arc<Error>) {
-        self.fail(Cause::of(cause, self.rank), Some(cause.clone()), true);
+        self.fail(Cause::of(cause, self.rank), Some(cause.clone()));
     }
 
     /// See [`CollectiveBackend::shutdown`](crate::backend::CollectiveBackend::shutdown).
@@ -432,7 +439,7 @@ impl Engine {
                     elapsed: timeout_of(entered),
                     missing,
                 });
-                self.fail(Cause::of(&error, self.rank), Some(error.clone()), true);
+                self.fail(Cause::of(&error, self.rank), Some(error.clone()));
                 return Err(error.duplicate());
             }
         };
@@ -495,16 +502,18 @@ fn timed_out(stamp: Stamp, elapsed: Duration) -> Error {
 }
 
 impl Listener for Engine {
-    fn poisoned(&self, cause: &Cause) {
-        self.fail(cause.clone(), None, false);
+    fn failed(&self, cause: &Cause) {
+        self.fail(cause.clone(), None);
     }
 
     fn changed(&self) {
         let presence = self.control.presence();
         if presence.iter().any(|p| *p != Presence::Here) {
             self.flags.fetch_or(ABSENT, Ordering::SeqCst);
-            if self.transfers.load(Ordering::SeqCst) {
-                *self.look.lock() = None;
+            *self.look.lock() = None;
+            // The progress engine finds out what it means for what is under way.
+            if !self.flag(FAILED | CLOSED) {
+                self.enlist();
             }
         }
         self.transport.interrupt();
@@ -550,7 +559,8 @@ impl Task for Engine {
             return Turn::Moved;
         }
         let now = Instant::now();
-        until = [until, self.watch_pending(now), self.watch_transfers(now)].into_iter().flatten().min();
+        let watched = [self.watch_pending(now), self.watch_transfers(now), self.watch_absent(now)];
+        until = watched.into_iter().chain([until]).flatten().min();
         if idle && until.is_none() {
             self.enlisted.store(false, Ordering::SeqCst);
             // Whoever came before the flag was down relied on this turn.
@@ -620,15 +630,6 @@ impl Engine {
                     let now = Instant::now();
                     if self.flag(FAILED) {
                         Error::Aborted
-                    } else if let Some(error) =
-                        self.flag(ABSENT).then(|| self.absent(active.stamp.seq)).flatten()
-                    {
-                        match run.advance() {
-                            Ok(Progress::Done) => return Some(Step::Ended(Ok(()))),
-                            Ok(Progress::Moved) => return None,
-                            Ok(Progress::Idle) => error,
-                            Err(error) => error,
-                        }
                     } else if now >= active.deadline {
                         timed_out(active.stamp, now.duration_since(active.entered))
                     } else {
@@ -656,9 +657,45 @@ impl Engine {
         if let Some((stamp, entered)) = overdue {
             // What it waits for is the call in front of it.
             let error = Arc::new(timed_out(stamp, now.duration_since(entered)));
-            self.fail(Cause::of(&error, self.rank), Some(error), true);
+            self.fail(Cause::of(&error, self.rank), Some(error));
         }
         Some(first)
+    }
+
+    /// Looks at what is under way, where peers are gone: whether it can still end.
+    fn watch_absent(&self, now: Instant) -> Option<Instant> {
+        if !self.flag(ABSENT) || self.flag(FAILED | CLOSED) {
+            return None;
+        }
+        if let Some(rank) = self.control.stranded() {
+            let error = Diagnosis::absent_peer(self, rank);
+            self.fail(Cause::of(&error, self.rank), None);
+            return None;
+        }
+        let mut inquest = self.inquest.lock();
+        let seq = self.ledger.completed() + 1;
+        if seq > self.ledger.entered() {
+            *inquest = None;
+            return None;
+        }
+        let error = self.absent(seq)?;
+        let inquest = match &mut *inquest {
+            Some(inquest) if inquest.seq == seq => inquest,
+            other => other.insert(Inquest { seq, since: now, diagnosis: None }),
+        };
+        // Who ended without a word may have done all that this call needs.
+        let without_a_word = matches!(&error, Error::PeerLost { rank, .. }
+            if matches!(self.control.presence()[*rank], Presence::Lost(_)));
+        if without_a_word && now < inquest.since + PATIENCE {
+            return Some(inquest.since + PATIENCE);
+        }
+        let stamp = Stamp { seq, fingerprint: self.ledger.call(seq).unwrap_or(stamp::UNKNOWN) };
+        let diagnosis =
+            inquest.diagnosis.get_or_insert_with(|| Diagnosis::new(self, error, stamp, inquest.since));
+        match diagnosis.advance(self) {
+            Some(_) => None,
+            None => Some(now + Duration::from_millis(1)),
+        }
     }
 
     /// Looks at pending messages: whether their time is up or their peer is gone.
@@ -688,7 +725,7 @@ impl Engine {
                 elapsed: overdue.elapsed,
                 missing: overdue.peer.into_iter().collect(),
             });
-            self.fail(Cause::of(&error, self.rank), Some(error), true);
+            self.fail(Cause::of(&error, self.rank), Some(error));
         }
         Some(next.max(now + Duration::from_millis(1)))
     }

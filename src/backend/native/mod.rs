@@ -20,6 +20,7 @@ mod progress;
 #[allow(dead_code)]
 pub(crate) mod shm;
 mod stamp;
+mod tcp;
 #[cfg(test)]
 mod tests;
 mod threads;
@@ -33,6 +34,7 @@ use tch::Kind;
 use self::control::Control;
 use self::engine::Engine;
 use self::kernels::Reducer;
+use self::ledger::Ledger;
 use self::meet::Meeting;
 use self::plan::Tuning;
 use super::{BackendContext, Call, CollectiveBackend, Completion, Op, Transfer};
@@ -46,18 +48,27 @@ use crate::{Error, Result};
 /// # Errors
 /// `Timeout` naming the ranks that did not come, `Rendezvous` where they differ in version or settings.
 pub fn create(context: BackendContext) -> Result<Arc<dyn CollectiveBackend>> {
-    let meeting = Meeting::new(&context);
     let forced = std::env::var("TCH_DISTRIBUTED_TRANSPORT").ok().filter(|s| !s.is_empty());
+    create_with(context, forced)
+}
+
+/// The same, with the transport forced, or not.
+fn create_with(context: BackendContext, forced: Option<String>) -> Result<Arc<dyn CollectiveBackend>> {
+    let meeting = Meeting::new(&context);
     let all = meeting.hello(forced.clone(), Tuning::THREADS.digest() ^ Tuning::SOCKETS.digest())?;
     let one_process = all.iter().all(|h| h.process == all[0].process);
+    let one_host = all.iter().all(|h| h.host == all[0].host);
+    let token = all[0].token;
     match forced.as_deref() {
-        None if one_process => threads(&context, &meeting, all[0].token),
-        Some("threads") if one_process => threads(&context, &meeting, all[0].token),
-        Some("threads") => Err(unavailable("TCH_DISTRIBUTED_TRANSPORT=threads, but ranks are processes")),
+        Some("threads") if !one_process => {
+            Err(unavailable("TCH_DISTRIBUTED_TRANSPORT=threads, but ranks are processes"))
+        }
+        Some("threads") => threads(&context, &meeting, token),
+        None if one_process => threads(&context, &meeting, token),
+        Some("tcp") | None => sockets(&context, &meeting, token, one_host),
         Some(other) => {
             Err(unavailable(&format!("TCH_DISTRIBUTED_TRANSPORT={other:?}: known are threads, shm and tcp")))
         }
-        None => Err(unavailable("ranks are processes")),
     }
 }
 
@@ -76,6 +87,24 @@ fn threads(context: &BackendContext, meeting: &Meeting, token: u128) -> Result<A
     let ledger = seat.ledger();
     let engine = Engine::new(context.rank, context.size, transport, seat as Arc<dyn Control>, ledger);
     Ok(Arc::new(Native { engine }))
+}
+
+/// Ranks as processes that talk through sockets.
+fn sockets(
+    context: &BackendContext,
+    meeting: &Meeting,
+    token: u128,
+    one_host: bool,
+) -> Result<Arc<dyn CollectiveBackend>> {
+    let (rank, world) = (context.rank, context.size);
+    let channels = [tcp::Channel::Data, tcp::Channel::Control];
+    let mesh = tcp::connect(meeting, rank, world, token, &channels, false, one_host)?;
+    let mut sockets = mesh.sockets.into_iter();
+    let (data, control) = (sockets.next().unwrap_or_default(), sockets.next().unwrap_or_default());
+    let transport = Arc::new(tcp::Sockets::new(rank, data)?);
+    let ledger = Arc::new(Ledger::new());
+    let control = tcp::SocketControl::new(rank, control, ledger.clone())?;
+    Ok(Arc::new(Native { engine: Engine::new(rank, world, transport, control, ledger) }))
 }
 
 /// The backend of one rank in one group.

@@ -31,6 +31,12 @@ impl Pattern {
     }
 }
 
+/// How many bytes a message of this pattern has; `None` for what cannot be.
+pub(crate) fn bytes(pattern: &Pattern) -> Option<usize> {
+    let size = stamp::kind_size(pattern.kind)?;
+    usize::try_from(pattern.numel).ok()?.checked_mul(size)
+}
+
 /// Copies a buffer onto another of the same size.
 pub(crate) fn copy(from: &Buffer<'_>, to: &Buffer<'_>) {
     debug_assert_eq!(from.bytes(), to.bytes());

@@ -146,15 +146,8 @@ impl Progress {
             }
             owner.resize(set.len(), n);
         }
-        let mut fds: Vec<PollFd<'_>> = set
-            .iter()
-            .map(|watch| {
-                let mut flags = PollFlags::empty();
-                flags.set(PollFlags::IN, watch.read);
-                flags.set(PollFlags::OUT, watch.write);
-                PollFd::from_borrowed_fd(watch.fd.as_fd(), flags)
-            })
-            .collect();
+        let mut fds: Vec<PollFd<'_>> =
+            set.iter().map(|watch| PollFd::from_borrowed_fd(watch.fd.as_fd(), watch.flags())).collect();
         fds.push(PollFd::new(&self.wake, PollFlags::IN));
         let until = until.map_or(longest, |t| t.saturating_duration_since(Instant::now()).min(longest));
         let timeout = Timespec { tv_sec: until.as_secs() as _, tv_nsec: until.subsec_nanos().into() };

@@ -53,6 +53,11 @@ pub(crate) fn kind_code(kind: Kind) -> u8 {
     KINDS.iter().position(|&k| k == kind).map_or(u8::MAX, |n| n as u8)
 }
 
+/// The bytes of an element of a kind's code.
+pub(crate) fn kind_size(code: u8) -> Option<usize> {
+    KINDS.get(usize::from(code)).map(|kind| kind.elt_size_in_bytes())
+}
+
 /// The name of a kind's code.
 pub(crate) fn kind_name(code: u8) -> String {
     KINDS.get(usize::from(code)).map_or_else(|| format!("unknown kind {code}"), |k| format!("{k:?}"))

@@ -8,6 +8,8 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
+use rustix::event::PollFlags;
+
 use crate::Result;
 use crate::backend::Call;
 
@@ -68,6 +70,16 @@ pub(crate) trait Transport: Send + Sync {
     /// sleep on; false where there are none (it then naps).
     fn watch(&self, _set: &mut Vec<Watch>) -> bool {
         false
+    }
+}
+
+impl Watch {
+    /// The same for `poll`.
+    pub(crate) fn flags(&self) -> PollFlags {
+        let mut flags = PollFlags::empty();
+        flags.set(PollFlags::IN, self.read);
+        flags.set(PollFlags::OUT, self.write);
+        flags
     }
 }
 

@@ -49,7 +49,6 @@ fn broadcast(src: usize) -> Call<'static> {
     Rank::call(Op::Broadcast { src }, Kind::Float, none(), segments(&[tensor(4, Kind::Float)]))
 }
 
-#[test]
 fn a_different_operation_is_told_in_words() {
     odd_one(
         |_| all_reduce(4, Kind::Float, ReduceOp::Sum),
@@ -63,12 +62,10 @@ fn a_different_operation_is_told_in_words() {
     );
 }
 
-#[test]
 fn a_different_root_is_told_in_words() {
     odd_one(|_| broadcast(0), |_| broadcast(1), ["root 0", "root 1"]);
 }
 
-#[test]
 fn a_different_count_is_told_in_words() {
     odd_one(
         |_| all_reduce(4, Kind::Float, ReduceOp::Sum),
@@ -82,7 +79,6 @@ fn a_different_count_is_told_in_words() {
     );
 }
 
-#[test]
 fn a_different_kind_or_reduce_op_is_told_in_words() {
     odd_one(
         |_| all_reduce(4, Kind::Float, ReduceOp::Sum),
@@ -96,7 +92,6 @@ fn a_different_kind_or_reduce_op_is_told_in_words() {
     );
 }
 
-#[test]
 fn lengths_that_two_ranks_disagree_about_are_told_to_both() {
     let errors = ranks(2, |rank| {
         let len = |other: usize| if rank.rank == 0 && other == 1 { 3 } else { 4 };
@@ -110,7 +105,6 @@ fn lengths_that_two_ranks_disagree_about_are_told_to_both() {
     }
 }
 
-#[test]
 fn a_skipped_last_call_is_found_at_shutdown() {
     let errors = ranks(3, |rank| {
         rank.barrier().unwrap();
@@ -134,7 +128,6 @@ fn a_skipped_last_call_is_found_at_shutdown() {
     }
 }
 
-#[test]
 fn a_rank_that_calls_twice_is_found() {
     let errors = ranks(2, |rank| {
         if rank.rank == 1 {
@@ -149,7 +142,6 @@ fn a_rank_that_calls_twice_is_found() {
     }
 }
 
-#[test]
 fn shutdown_of_ranks_that_agree_is_quiet_and_repeatable() {
     ranks(4, |rank| {
         rank.barrier().unwrap();
@@ -157,4 +149,15 @@ fn shutdown_of_ranks_that_agree_is_quiet_and_repeatable() {
         rank.backend.shutdown(Duration::from_secs(10)).unwrap();
         assert!(rank.barrier().is_err());
     });
+}
+
+on_every_transport! {
+    a_different_operation_is_told_in_words,
+    a_different_root_is_told_in_words,
+    a_different_count_is_told_in_words,
+    a_different_kind_or_reduce_op_is_told_in_words,
+    lengths_that_two_ranks_disagree_about_are_told_to_both,
+    a_skipped_last_call_is_found_at_shutdown,
+    a_rank_that_calls_twice_is_found,
+    shutdown_of_ranks_that_agree_is_quiet_and_repeatable,
 }

@@ -13,7 +13,6 @@ fn tensor(len: i64) -> Tensor {
     Tensor::ones([len], (Kind::Float, Device::Cpu))
 }
 
-#[test]
 fn a_rank_that_never_comes_is_named_by_the_timeout_of_all_others() {
     let errors = ranks(3, |rank| {
         if rank.rank == 2 {
@@ -35,7 +34,6 @@ fn a_rank_that_never_comes_is_named_by_the_timeout_of_all_others() {
     assert!(matches!(&errors[2], Error::Poisoned { cause } if matches!(**cause, Error::Timeout { .. })));
 }
 
-#[test]
 fn an_asynchronous_call_times_out_too() {
     let errors = ranks(2, |rank| {
         if rank.rank == 1 {
@@ -49,7 +47,6 @@ fn an_asynchronous_call_times_out_too() {
     assert!(matches!(&errors[0], Error::Timeout { missing, .. } if *missing == [1]), "{}", errors[0]);
 }
 
-#[test]
 fn a_rank_that_drops_its_group_is_lost_to_those_who_need_it() {
     let errors = ranks(4, |rank| {
         rank.barrier().unwrap();
@@ -58,20 +55,27 @@ fn a_rank_that_drops_its_group_is_lost_to_those_who_need_it() {
         }
         Some(rank.all_reduce(&tensor(1000), ReduceOp::Sum).and_then(|()| rank.barrier()).unwrap_err())
     });
+    let mut first = 0;
     for error in errors.into_iter().flatten() {
-        assert!(matches!(error, Error::PeerLost { rank: 3, .. }), "{error}");
-        assert!(error.to_string().contains("all_reduce (sequence number 2)"), "{error}");
+        match &error {
+            // Another rank had found out before this one called.
+            Error::Poisoned { cause } if matches!(**cause, Error::PeerLost { rank: 3, .. }) => {}
+            Error::PeerLost { rank: 3, .. } => {
+                assert!(error.to_string().contains("all_reduce (sequence number 2)"), "{error}");
+                first += 1;
+            }
+            _ => panic!("{error}"),
+        }
     }
+    assert!(first > 0);
 }
 
-#[test]
 fn a_rank_that_has_finished_may_go_before_the_others_have() {
     for _ in 0..50 {
         ranks(3, |rank| rank.all_reduce(&tensor(20_000), ReduceOp::Sum).unwrap());
     }
 }
 
-#[test]
 fn abort_from_another_thread_ends_what_is_pending_on_every_rank() {
     let started = Instant::now();
     let errors = ranks(3, |rank| {
@@ -94,7 +98,6 @@ fn abort_from_another_thread_ends_what_is_pending_on_every_rank() {
     assert!(started.elapsed() < Duration::from_secs(10));
 }
 
-#[test]
 fn the_first_cause_stays() {
     ranks(2, |rank| {
         rank.barrier().unwrap();
@@ -111,4 +114,13 @@ fn the_first_cause_stays() {
         assert!(matches!(rank.barrier(), Err(Error::Poisoned { .. })));
         rank.shutdown().unwrap();
     });
+}
+
+on_every_transport! {
+    a_rank_that_never_comes_is_named_by_the_timeout_of_all_others,
+    an_asynchronous_call_times_out_too,
+    a_rank_that_drops_its_group_is_lost_to_those_who_need_it,
+    a_rank_that_has_finished_may_go_before_the_others_have,
+    abort_from_another_thread_ends_what_is_pending_on_every_rank,
+    the_first_cause_stays,
 }

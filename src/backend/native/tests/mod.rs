@@ -1,10 +1,23 @@
 //! The engine through its trait, among ranks that are threads of the test.
 
+/// Makes each of these functions a test on every transport.
+macro_rules! on_every_transport {
+    ($($name:ident,)*) => {
+        mod threads {
+            $(#[test] fn $name() { crate::backend::native::tests::on("threads", super::$name) })*
+        }
+        mod tcp {
+            $(#[test] fn $name() { crate::backend::native::tests::on("tcp", super::$name) })*
+        }
+    };
+}
+
 mod agreement;
 mod failures;
 mod messages;
 mod operations;
 
+use std::cell::Cell;
 use std::sync::Arc;
 use std::sync::mpsc;
 use std::time::Duration;
@@ -12,7 +25,7 @@ use std::time::Duration;
 use smallvec::SmallVec;
 use tch::{Kind, Tensor};
 
-use super::create;
+use super::create_with;
 use crate::Result;
 use crate::backend::{
     BackendContext, Buffer, Call, CollectiveBackend, Completion, Direction, Op, Receipt, Segment, Segments,
@@ -24,6 +37,17 @@ use crate::store::{HashStore, Store};
 const LIMIT: Duration = Duration::from_secs(60);
 /// The timeout of calls that are expected to end.
 const LONG: Duration = Duration::from_secs(30);
+
+thread_local! {
+    /// The transport of the groups that this thread's test makes.
+    static TRANSPORT: Cell<&'static str> = const { Cell::new("threads") };
+}
+
+/// Runs a test on a transport.
+pub(super) fn on(transport: &'static str, test: fn()) {
+    TRANSPORT.set(transport);
+    test();
+}
 
 /// One rank of a test.
 pub(super) struct Rank {
@@ -130,6 +154,7 @@ pub(super) fn ranks<T: Send + 'static>(
 ) -> Vec<T> {
     let store: Arc<dyn Store> = Arc::new(HashStore::new());
     let body = Arc::new(body);
+    let transport = TRANSPORT.get();
     let (sender, receiver) = mpsc::channel();
     for rank in 0..world {
         let (store, body, sender) = (store.clone(), body.clone(), sender.clone());
@@ -142,7 +167,7 @@ pub(super) fn ranks<T: Send + 'static>(
                 timeout: LONG,
                 group_name: "test".to_owned(),
             };
-            let backend = create(context).expect("the group should come up");
+            let backend = create_with(context, Some(transport.to_owned())).expect("the group should come up");
             let result = body(Rank { backend, rank, world });
             let _ = sender.send((rank, result));
         });

@@ -29,7 +29,6 @@ fn everywhere(body: fn(&Rank, i64)) {
     }
 }
 
-#[test]
 fn all_reduce_gives_every_rank_the_sum() {
     everywhere(|rank, len| {
         let tensor = data(rank.rank, len);
@@ -40,7 +39,6 @@ fn all_reduce_gives_every_rank_the_sum() {
     });
 }
 
-#[test]
 fn premul_sum_applies_each_rank_s_own_factor() {
     everywhere(|rank, len| {
         let tensor = data(rank.rank, len);
@@ -51,7 +49,6 @@ fn premul_sum_applies_each_rank_s_own_factor() {
     });
 }
 
-#[test]
 fn a_segment_of_many_buffers_is_reduced_as_their_concatenation() {
     everywhere(|rank, len| {
         let tensor = data(rank.rank, len);
@@ -68,7 +65,6 @@ fn a_segment_of_many_buffers_is_reduced_as_their_concatenation() {
     });
 }
 
-#[test]
 fn reduce_gives_the_root_the_sum_and_leaves_others_alone() {
     everywhere(|rank, len| {
         for dst in 0..rank.world {
@@ -85,7 +81,6 @@ fn reduce_gives_the_root_the_sum_and_leaves_others_alone() {
     });
 }
 
-#[test]
 fn broadcast_gives_every_rank_the_root_s_data() {
     everywhere(|rank, len| {
         for src in 0..rank.world {
@@ -102,7 +97,6 @@ fn uneven(rank: usize, len: i64) -> i64 {
     len / (rank as i64 + 1) + rank as i64 % 2
 }
 
-#[test]
 fn all_gather_collects_inputs_of_any_length_in_rank_order() {
     everywhere(|rank, len| {
         let input = data(rank.rank, uneven(rank.rank, len));
@@ -114,7 +108,6 @@ fn all_gather_collects_inputs_of_any_length_in_rank_order() {
     });
 }
 
-#[test]
 fn gather_and_scatter_move_to_and_from_the_root() {
     everywhere(|rank, len| {
         for root in 0..rank.world {
@@ -136,7 +129,6 @@ fn gather_and_scatter_move_to_and_from_the_root() {
     });
 }
 
-#[test]
 fn reduce_scatter_gives_each_rank_the_sum_of_its_share() {
     everywhere(|rank, len| {
         let lens: Vec<i64> = (0..rank.world).map(|r| uneven(r, len)).collect();
@@ -148,7 +140,6 @@ fn reduce_scatter_gives_each_rank_the_sum_of_its_share() {
     });
 }
 
-#[test]
 fn all_to_all_moves_a_piece_of_its_own_length_between_every_two_ranks() {
     everywhere(|rank, len| {
         let cut = |from: usize, to: usize| uneven(from, len) / (to as i64 + 1);
@@ -163,7 +154,6 @@ fn all_to_all_moves_a_piece_of_its_own_length_between_every_two_ranks() {
     });
 }
 
-#[test]
 fn halves_are_summed_in_f32_and_rounded_once() {
     for len in [5, 100_000] {
         ranks(3, move |rank| {
@@ -176,7 +166,6 @@ fn halves_are_summed_in_f32_and_rounded_once() {
     }
 }
 
-#[test]
 fn thousands_of_asynchronous_calls_take_effect_in_order_mixed_with_blocking_ones() {
     for world in [1, 3] {
         ranks(world, |rank| {
@@ -214,4 +203,18 @@ fn thousands_of_asynchronous_calls_take_effect_in_order_mixed_with_blocking_ones
             rank.shutdown().unwrap();
         });
     }
+}
+
+on_every_transport! {
+    all_reduce_gives_every_rank_the_sum,
+    premul_sum_applies_each_rank_s_own_factor,
+    a_segment_of_many_buffers_is_reduced_as_their_concatenation,
+    reduce_gives_the_root_the_sum_and_leaves_others_alone,
+    broadcast_gives_every_rank_the_root_s_data,
+    all_gather_collects_inputs_of_any_length_in_rank_order,
+    gather_and_scatter_move_to_and_from_the_root,
+    reduce_scatter_gives_each_rank_the_sum_of_its_share,
+    all_to_all_moves_a_piece_of_its_own_length_between_every_two_ranks,
+    halves_are_summed_in_f32_and_rounded_once,
+    thousands_of_asynchronous_calls_take_effect_in_order_mixed_with_blocking_ones,
 }

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use super::room::Seat;
 use crate::Error;
 use crate::backend::native::cause::Cause;
-use crate::backend::native::control::{Control, Overdue};
+use crate::backend::native::control::Overdue;
 use crate::backend::native::p2p::{self, Pattern};
 use crate::backend::{Buffer, Completion, Direction, Receipt, Transfer};
 
@@ -54,6 +54,10 @@ impl Mailbox {
             })
         };
         find(&self.sends, true).or_else(|| find(&self.recvs, false))
+    }
+
+    pub(super) fn waits_for(&self, owner: usize, gone: impl Fn(usize) -> bool) -> Option<usize> {
+        self.letters(owner).find_map(|l| l.peer.filter(|&peer| gone(peer)))
     }
 
     pub(super) fn pending(&self, owner: usize) -> usize {
@@ -123,9 +127,8 @@ impl Seat {
         };
         let error = |rank: usize| -> Error { cause.error(rank, None) };
         if let Some(listener) = self.room.places[self.rank].listener() {
-            listener.poisoned(&cause);
+            listener.failed(&cause);
         }
-        self.tell(&cause);
         recv.done.complete(Err(error(recv.owner)));
         send.done.complete(Err(error(send.owner)));
     }

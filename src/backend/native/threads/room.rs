@@ -170,7 +170,7 @@ impl Control for Seat {
     fn tell(&self, cause: &Cause) {
         for (_, place) in self.others() {
             if let Some(listener) = place.listener() {
-                listener.poisoned(cause);
+                listener.failed(cause);
             }
         }
     }
@@ -195,6 +195,12 @@ impl Control for Seat {
 
     fn overdue(&self, now: Instant) -> Option<Overdue> {
         self.room.mail.iter().find_map(|m| m.lock().overdue(self.rank, now))
+    }
+
+    fn stranded(&self) -> Option<usize> {
+        let presence = self.presence();
+        let gone = |peer: usize| presence[peer] != Presence::Here;
+        self.room.mail.iter().find_map(|m| m.lock().waits_for(self.rank, gone))
     }
 
     fn pending(&self) -> usize {

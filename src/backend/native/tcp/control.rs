@@ -1,0 +1,322 @@
+//! The control channel over sockets: notes, presence and messages, driven by the progress engine.
+
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
+
+use once_cell::sync::OnceCell;
+use parking_lot::Mutex;
+
+use super::channel::{Event, Line};
+use super::messages::{Deed, Messages};
+use super::wire::Note;
+use crate::backend::Transfer;
+use crate::backend::native::cause::Cause;
+use crate::backend::native::control::{Control, Listener, Overdue, Presence};
+use crate::backend::native::ledger::{Ledger, Report};
+use crate::backend::native::progress::{self, Task, Turn};
+use crate::backend::native::transport::Watch;
+use crate::{Error, Result};
+
+/// How long the last words may take after a group was closed.
+const LINGER: Duration = Duration::from_secs(1);
+
+/// One rank's end of the control connections of a group.
+pub(crate) struct SocketControl {
+    rank: usize,
+    ledger: Arc<Ledger>,
+    listener: OnceCell<Weak<dyn Listener>>,
+    state: Mutex<State>,
+}
+
+struct State {
+    lines: Vec<Option<Line>>,
+    messages: Messages,
+    presence: Vec<Presence>,
+    /// The last question, and the answers to it.
+    asked: u64,
+    answers: Vec<Option<Report>>,
+    /// Closed: gone when all is written, at the latest then.
+    closing: Option<Instant>,
+}
+
+/// What is done when the state is not locked.
+#[derive(Default)]
+struct After {
+    deeds: Vec<Deed>,
+    failures: Vec<Cause>,
+    changed: bool,
+}
+
+impl SocketControl {
+    /// `sockets[r]` leads to rank r. Watched by the progress engine from now on until closed.
+    pub(crate) fn new(rank: usize, sockets: Vec<Option<OwnedFd>>, ledger: Arc<Ledger>) -> Result<Arc<Self>> {
+        let world = sockets.len();
+        let lines = sockets.into_iter().enumerate();
+        let state = State {
+            lines: lines.map(|(peer, fd)| fd.map(|fd| Line::new(peer, fd))).collect(),
+            messages: Messages::new(rank, world),
+            presence: vec![Presence::Here; world],
+            asked: 0,
+            answers: vec![None; world],
+            closing: None,
+        };
+        let control = Arc::new(Self { rank, ledger, listener: OnceCell::new(), state: Mutex::new(state) });
+        progress::enlist(control.clone())?;
+        Ok(control)
+    }
+
+    /// Changes the state, writes what can be written, and then does what must not be done locked.
+    fn with<R>(&self, change: impl FnOnce(&mut State, &mut After) -> R) -> R {
+        let mut after = After::default();
+        let mut state = self.state.lock();
+        let result = change(&mut state, &mut after);
+        let busy = state.perform(&mut after);
+        drop(state);
+        if busy {
+            // The progress engine writes on.
+            progress::nudge();
+        }
+        self.dispatch(after);
+        result
+    }
+
+    fn dispatch(&self, after: After) {
+        let listener = || self.listener.get().and_then(Weak::upgrade);
+        // A failure first: what ends because of it then finds the group failed.
+        for cause in &after.failures {
+            if let Some(listener) = listener() {
+                listener.failed(cause);
+            }
+        }
+        for deed in after.deeds {
+            match deed {
+                Deed::Ended(done, result) => done.complete(result),
+                Deed::Differ(cause) => {
+                    if let Some(listener) = listener() {
+                        listener.failed(&cause);
+                    }
+                }
+                Deed::Note(..) | Deed::Stream(..) => {}
+            }
+        }
+        if after.changed
+            && let Some(listener) = listener()
+        {
+            listener.changed();
+        }
+    }
+}
+
+impl State {
+    /// Queues what the deeds ask for and writes; keeps the deeds that are for later. Whether something
+    /// is left to write.
+    fn perform(&mut self, after: &mut After) -> bool {
+        loop {
+            let mut more = false;
+            for deed in std::mem::take(&mut after.deeds) {
+                match deed {
+                    Deed::Note(to, note, raw) => self.send(to, &note, &raw),
+                    Deed::Stream(to, id) => {
+                        if let Some(line) = &mut self.lines[to] {
+                            line.stream(id);
+                        }
+                    }
+                    other => after.deeds.push(other),
+                }
+            }
+            for line in self.lines.iter_mut().flatten().filter(|l| l.busy()) {
+                let before = after.deeds.len();
+                line.flush(&mut self.messages, &mut after.deeds);
+                more |= after.deeds[before..].iter().any(|d| matches!(d, Deed::Note(..) | Deed::Stream(..)));
+            }
+            if !more {
+                return self.lines.iter().flatten().any(Line::busy);
+            }
+        }
+    }
+
+    fn send(&mut self, to: usize, note: &Note, raw: &[u8]) {
+        if let Some(line) = &mut self.lines[to] {
+            line.send(note, raw);
+        }
+    }
+
+    fn send_all(&mut self, note: &Note) {
+        for line in self.lines.iter_mut().flatten() {
+            line.send(note, &[]);
+        }
+    }
+
+    /// Reads what has come on every line.
+    fn read(&mut self, ledger: &Ledger, after: &mut After) {
+        let mut events = Vec::new();
+        for peer in 0..self.lines.len() {
+            let Some(line) = &mut self.lines[peer] else { continue };
+            line.read(&mut self.messages, &mut after.deeds, &mut events);
+            for event in events.drain(..) {
+                match event {
+                    Event::Note(note) => self.heard(peer, note, ledger, after),
+                    Event::Ended(words) => {
+                        if self.presence[peer] == Presence::Here {
+                            self.presence[peer] = Presence::Lost(words);
+                        }
+                        after.changed = true;
+                    }
+                }
+            }
+        }
+    }
+
+    fn heard(&mut self, peer: usize, note: Note, ledger: &Ledger, after: &mut After) {
+        match note {
+            Note::Ask { seq } => {
+                let Report { entered, call } = ledger.report(seq);
+                self.send(peer, &Note::Answer { seq, entered, call }, &[]);
+            }
+            Note::Answer { seq, entered, call } => {
+                if seq == self.asked {
+                    self.answers[peer] = Some(Report { entered, call });
+                }
+            }
+            Note::Failed(cause) => after.failures.push(cause),
+            Note::Left { calls } => {
+                self.presence[peer] = Presence::Left(calls);
+                after.changed = true;
+            }
+            Note::Closed { completed } => {
+                // Who has left in good order closes as well, later.
+                if self.presence[peer] == Presence::Here {
+                    self.presence[peer] = Presence::Closed(completed);
+                    after.changed = true;
+                }
+            }
+            // The line itself has dealt with these.
+            Note::Offer { .. }
+            | Note::Grant { .. }
+            | Note::Data { .. }
+            | Note::Eager { .. }
+            | Note::Credit { .. } => {}
+        }
+    }
+}
+
+impl Control for SocketControl {
+    fn attach(&self, listener: Weak<dyn Listener>) {
+        // Attached once, by the engine that is made with it.
+        let _ = self.listener.set(listener);
+        self.with(|state, after| {
+            after.changed = state.presence.iter().any(|p| *p != Presence::Here);
+        });
+    }
+
+    fn ask(&self, seq: u64) {
+        self.with(|state, _| {
+            if state.asked != seq {
+                state.asked = seq;
+                state.answers.fill(None);
+            }
+            state.send_all(&Note::Ask { seq });
+        });
+    }
+
+    fn answers(&self) -> Vec<Option<Report>> {
+        self.state.lock().answers.clone()
+    }
+
+    fn presence(&self) -> Vec<Presence> {
+        self.state.lock().presence.clone()
+    }
+
+    fn tell(&self, cause: &Cause) {
+        self.with(|state, _| state.send_all(&Note::Failed(cause.clone())));
+    }
+
+    fn leave(&self, calls: u64) {
+        self.with(|state, _| state.send_all(&Note::Left { calls }));
+    }
+
+    fn transfer(&self, transfers: Vec<Transfer>) {
+        self.with(|state, after| {
+            for transfer in transfers {
+                state.messages.post(transfer, &mut after.deeds);
+            }
+        });
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        self.state.lock().messages.deadline()
+    }
+
+    fn overdue(&self, now: Instant) -> Option<Overdue> {
+        self.state.lock().messages.overdue(now)
+    }
+
+    fn stranded(&self) -> Option<usize> {
+        let state = self.state.lock();
+        state.messages.waits_for(|peer| state.presence[peer] != Presence::Here)
+    }
+
+    fn pending(&self) -> usize {
+        self.state.lock().messages.pending()
+    }
+
+    fn fail_transfers(&self, error: &Arc<Error>) {
+        let pending = self.with(|state, _| {
+            state.lines.iter_mut().flatten().for_each(Line::give_up);
+            state.messages.drain()
+        });
+        for done in pending {
+            done.complete(Err(error.duplicate()));
+        }
+    }
+
+    fn close(&self, completed: u64) {
+        self.with(|state, _| {
+            state.lines.iter_mut().flatten().for_each(Line::give_up);
+            if state.closing.is_none() {
+                state.send_all(&Note::Closed { completed });
+                state.closing = Some(Instant::now() + LINGER);
+            }
+        });
+        progress::nudge();
+    }
+}
+
+impl Task for SocketControl {
+    fn advance(&self, ready: bool) -> Turn {
+        let mut after = After::default();
+        let mut state = self.state.lock();
+        if ready {
+            state.read(&self.ledger, &mut after);
+        }
+        let busy = state.perform(&mut after);
+        let moved = !after.deeds.is_empty() || after.changed || !after.failures.is_empty();
+        let turn = match state.closing {
+            Some(until) if !busy || Instant::now() >= until => {
+                state.lines.fill_with(|| None);
+                Turn::Ended
+            }
+            Some(until) => Turn::Idle(Some(until)),
+            None if moved => Turn::Moved,
+            None => Turn::Idle(None),
+        };
+        drop(state);
+        self.dispatch(after);
+        turn
+    }
+
+    fn watch(&self, set: &mut Vec<Watch>) -> bool {
+        let state = self.state.lock();
+        for line in state.lines.iter().flatten().filter(|l| !l.ended) {
+            set.push(Watch { fd: line.fd.clone(), read: true, write: line.busy() });
+        }
+        true
+    }
+}
+
+impl std::fmt::Debug for SocketControl {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "SocketControl(rank {})", self.rank)
+    }
+}

@@ -1,0 +1,260 @@
+//! How connections are made: who calls whom, and how strangers are turned away.
+//!
+//! Every rank listens, publishes its address in the group's store, calls all ranks below it, and is
+//! called by all ranks above. The caller says a hello of fixed size that holds the group's token; who
+//! does not know it is closed on, and costs a fixed buffer for a limited time. The called rank answers
+//! with a welcome of fixed size, so that a caller knows that it reached the right group.
+
+use std::io::{self, Read, Write};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustix::net::sockopt;
+use socket2::Socket;
+
+use super::address::{self, Address};
+use super::wait;
+use crate::backend::native::meet::{Meeting, VERSION};
+use crate::backend::native::transport::Watch;
+use crate::{Error, Result};
+
+/// What a connection is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Channel {
+    /// The data of collectives.
+    Data = 0,
+    /// Control and point-to-point messages.
+    Control = 1,
+}
+
+/// Connections to all peers: `sockets[channel][rank]`, in the order of the channels asked for.
+pub(crate) struct Mesh {
+    pub(crate) sockets: Vec<Vec<Option<OwnedFd>>>,
+}
+
+/// Magic (8), version (4), token (16), rank (4), rank called (4), channel (4).
+const HELLO: usize = 40;
+const MAGIC: &[u8; 8] = b"tchdist\x01";
+/// Magic (8), token with every bit turned (16).
+const WELCOME: usize = 24;
+
+/// How long a caller may take to say hello.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// How many callers that have not said hello are kept; beyond, the oldest is closed on.
+const STRANGERS: usize = 64;
+
+fn hello(token: u128, rank: usize, called: usize, channel: Channel) -> [u8; HELLO] {
+    let mut bytes = [0; HELLO];
+    bytes[..8].copy_from_slice(MAGIC);
+    bytes[8..12].copy_from_slice(&VERSION.to_le_bytes());
+    bytes[12..28].copy_from_slice(&token.to_le_bytes());
+    bytes[28..32].copy_from_slice(&(rank as u32).to_le_bytes());
+    bytes[32..36].copy_from_slice(&(called as u32).to_le_bytes());
+    bytes[36..].copy_from_slice(&(channel as u32).to_le_bytes());
+    bytes
+}
+
+fn welcome(token: u128) -> [u8; WELCOME] {
+    let mut bytes = [0; WELCOME];
+    bytes[..8].copy_from_slice(MAGIC);
+    bytes[8..].copy_from_slice(&(!token).to_le_bytes());
+    bytes
+}
+
+/// A caller that has not said all of its hello.
+struct Caller {
+    socket: Arc<OwnedFd>,
+    said: [u8; HELLO],
+    len: usize,
+    since: Instant,
+}
+
+/// Connects all ranks of a group, with one connection for each channel; `local`: by unix sockets.
+pub(crate) fn connect(
+    meeting: &Meeting,
+    rank: usize,
+    world: usize,
+    token: u128,
+    channels: &[Channel],
+    local: bool,
+    one_host: bool,
+) -> Result<Mesh> {
+    let (listener, address) = address::listen(local, one_host)?;
+    listener.set_nonblocking(true)?;
+    let addresses: Vec<Address> = meeting.exchange(if local { "local" } else { "address" }, &address)?;
+    let mut called: Vec<Vec<Option<OwnedFd>>> =
+        channels.iter().map(|_| (0..world).map(|_| None).collect()).collect();
+    for (peer, address) in addresses.iter().enumerate().take(rank) {
+        for (n, &channel) in channels.iter().enumerate() {
+            let mut socket = call(meeting, peer, address)?;
+            socket
+                .write_all(&hello(token, rank, peer, channel))
+                .map_err(|e| Error::Rendezvous { reason: format!("rank {peer} hung up: {e}") })?;
+            called[n][peer] = Some(socket.into());
+        }
+    }
+    let mut desk = Desk { token, rank, channels, callers: Vec::new(), sockets: called };
+    let listener = Arc::new(OwnedFd::from(listener));
+    desk.serve(meeting, &listener, world)?;
+    // The ranks below have said welcome by now, or will.
+    for peer in 0..rank {
+        for sockets in &mut desk.sockets {
+            if let Some(fd) = sockets[peer].take() {
+                sockets[peer] = Some(welcomed(meeting, peer, fd, token)?);
+            }
+        }
+    }
+    for socket in desk.sockets.iter().flatten().flatten() {
+        tune(socket, local)?;
+    }
+    Ok(Mesh { sockets: desk.sockets })
+}
+
+/// Calls a peer until it answers or time is up. It listens already; what fails is the way to it.
+fn call(meeting: &Meeting, peer: usize, address: &Address) -> Result<Socket> {
+    let mut pause = Duration::from_millis(5);
+    loop {
+        let left = meeting.deadline().saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(meeting.timeout(vec![peer]));
+        }
+        let (socket, at) = address.to_socket()?;
+        let result = match address {
+            Address::Local(_) => socket.connect(&at),
+            Address::Internet(_) => socket.connect_timeout(&at, left.min(Duration::from_secs(10))),
+        };
+        match result {
+            Ok(()) => return Ok(socket),
+            Err(error) => {
+                tracing::debug!(peer, %error, ?address, "calling again");
+                std::thread::sleep(pause.min(left));
+                pause = (pause * 2).min(Duration::from_secs(1));
+            }
+        }
+    }
+}
+
+/// Waits for a peer's welcome.
+fn welcomed(meeting: &Meeting, peer: usize, fd: OwnedFd, token: u128) -> Result<OwnedFd> {
+    let mut socket = Socket::from(fd);
+    let left = meeting.deadline().saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
+    socket.set_read_timeout(Some(left))?;
+    let mut said = [0; WELCOME];
+    match socket.read_exact(&mut said) {
+        Ok(()) if said == welcome(token) => Ok(socket.into()),
+        Ok(()) => {
+            Err(meeting.failed(&format!("what answers at the address of rank {peer} is not of this job")))
+        }
+        Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
+            Err(meeting.timeout(vec![peer]))
+        }
+        Err(e) => Err(meeting.failed(&format!("rank {peer} hung up: {e}"))),
+    }
+}
+
+/// Takes calls.
+struct Desk<'a> {
+    token: u128,
+    rank: usize,
+    channels: &'a [Channel],
+    callers: Vec<Caller>,
+    sockets: Vec<Vec<Option<OwnedFd>>>,
+}
+
+impl Desk<'_> {
+    /// Takes calls until every rank above has called on every channel.
+    fn serve(&mut self, meeting: &Meeting, listener: &Arc<OwnedFd>, world: usize) -> Result<()> {
+        loop {
+            let missing: Vec<usize> =
+                (self.rank + 1..world).filter(|&p| self.sockets.iter().any(|s| s[p].is_none())).collect();
+            if missing.is_empty() {
+                return Ok(());
+            }
+            let now = Instant::now();
+            if now >= meeting.deadline() {
+                return Err(meeting.timeout(missing));
+            }
+            let mut set = vec![Watch { fd: listener.clone(), read: true, write: false }];
+            set.extend(self.callers.iter().map(|c| Watch { fd: c.socket.clone(), read: true, write: false }));
+            wait(&set, None, meeting.deadline().min(now + Duration::from_millis(500)));
+            drop(set);
+            self.accept(listener);
+            let callers = std::mem::take(&mut self.callers);
+            for caller in callers {
+                self.hear(caller);
+            }
+        }
+    }
+
+    fn accept(&mut self, listener: &OwnedFd) {
+        let flags = rustix::net::SocketFlags::NONBLOCK | rustix::net::SocketFlags::CLOEXEC;
+        // An error means that nobody calls any more, or that the caller has hung up.
+        while let Ok(socket) = rustix::net::accept_with(listener, flags) {
+            if self.callers.len() >= STRANGERS {
+                self.callers.remove(0);
+            }
+            self.callers.push(Caller {
+                socket: Arc::new(socket),
+                said: [0; HELLO],
+                len: 0,
+                since: Instant::now(),
+            });
+        }
+    }
+
+    /// Listens to a caller: it stays on the line, is let in, or is closed on.
+    fn hear(&mut self, mut caller: Caller) {
+        match rustix::io::read(&caller.socket, &mut caller.said[caller.len..]) {
+            Ok(0) => return,
+            Ok(n) => caller.len += n,
+            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => {}
+            Err(_) => return,
+        }
+        // A wrong start is enough to know a stranger.
+        let start = caller.len.min(28);
+        if caller.said[..start] != hello(self.token, 0, 0, Channel::Data)[..start] {
+            tracing::warn!("turned away a connection that is not of this job");
+            return;
+        }
+        if caller.len < HELLO {
+            if caller.since.elapsed() < PATIENCE {
+                self.callers.push(caller);
+            }
+            return;
+        }
+        let number = |at: usize| {
+            let bytes = [caller.said[at], caller.said[at + 1], caller.said[at + 2], caller.said[at + 3]];
+            u32::from_le_bytes(bytes) as usize
+        };
+        let (from, to, channel) = (number(28), number(32), number(36));
+        let Some(n) = self.channels.iter().position(|&c| c as usize == channel) else { return };
+        let Some(place) = self.sockets[n].get_mut(from) else { return };
+        if to != self.rank || from <= self.rank || place.is_some() {
+            return;
+        }
+        // It fits the send buffer of a new socket.
+        if rustix::io::write(&caller.socket, &welcome(self.token)) == Ok(WELCOME) {
+            *place = Arc::into_inner(caller.socket);
+        }
+    }
+}
+
+/// After how long without an answer a connection counts as cut.
+const CUT: Duration = Duration::from_secs(60);
+
+fn tune(socket: &OwnedFd, local: bool) -> Result<()> {
+    let set = || -> rustix::io::Result<()> {
+        rustix::io::ioctl_fionbio(socket, true)?;
+        if !local {
+            sockopt::set_tcp_nodelay(socket, true)?;
+            sockopt::set_socket_keepalive(socket, true)?;
+            sockopt::set_tcp_keepidle(socket, Duration::from_secs(10))?;
+            sockopt::set_tcp_keepintvl(socket, Duration::from_secs(5))?;
+            sockopt::set_tcp_keepcnt(socket, 6)?;
+            sockopt::set_tcp_user_timeout(socket, CUT.as_millis() as u32)?;
+        }
+        Ok(())
+    };
+    set().map_err(|e| Error::Io(e.into()))
+}

@@ -2,6 +2,7 @@
 //!
 //! Every command does its own set-up. A new command is a file here and a line in [`COMMANDS`].
 
+mod bench;
 mod cache;
 mod cargo;
 mod ci;
@@ -32,6 +33,7 @@ const COMMANDS: &[Command] = &[
     Command { name: "demo", about: demo::ABOUT, run: demo::run },
     Command { name: "test", about: test::ABOUT, run: test::run },
     Command { name: "conformance", about: conformance::ABOUT, run: conformance::run },
+    Command { name: "bench", about: bench::ABOUT, run: bench::run },
     Command { name: "ci", about: ci::ABOUT, run: ci::run },
 ];
 

@@ -1,0 +1,160 @@
+//! The parent's side of a crew: the ranks of one engine, which wait without work while others run.
+
+use std::fmt;
+use std::io::{BufRead, BufReader, Write};
+use std::net::TcpListener;
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::mpsc::{self, Receiver};
+use std::time::Duration;
+
+use tch_distributed as dist;
+
+use super::cases::Case;
+use super::member;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Engine {
+    SharedMemory,
+    Tcp,
+    Threads,
+    Gloo,
+}
+
+pub(crate) const ENGINES: [Engine; 4] = [Engine::SharedMemory, Engine::Tcp, Engine::Threads, Engine::Gloo];
+
+impl Engine {
+    /// Engine and transport.
+    pub(crate) fn names(self) -> (&'static str, &'static str) {
+        match self {
+            Self::SharedMemory => ("native", "shm"),
+            Self::Tcp => ("native", "tcp"),
+            Self::Threads => ("native", "threads"),
+            Self::Gloo => ("gloo", "tcp"),
+        }
+    }
+}
+
+impl fmt::Display for Engine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (engine, transport) = self.names();
+        write!(f, "{engine}/{transport}")
+    }
+}
+
+/// How long one command may take.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+pub(crate) struct Crew {
+    pub(crate) engine: Engine,
+    world: usize,
+    members: Vec<(Child, Option<ChildStdin>)>,
+    answers: Receiver<String>,
+}
+
+/// What all ranks measured: for each iteration the slowest.
+pub(crate) struct Times {
+    pub(crate) micros: Vec<f64>,
+    pub(crate) wrong: u64,
+}
+
+impl Crew {
+    pub(crate) fn start(engine: Engine, world: usize) -> Result<Self, String> {
+        let (backend, transport) = engine.names();
+        if !dist::is_backend_available(backend) {
+            return Err(format!("{backend} is not available"));
+        }
+        let program = std::env::current_exe().map_err(|e| e.to_string())?;
+        // Free a moment ago; nobody else asks for ports here.
+        let port =
+            TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).map_err(|e| e.to_string())?.port();
+        let processes = if engine == Engine::Threads { 1 } else { world };
+        let (sender, answers) = mpsc::channel();
+        let mut crew = Self { engine, world, members: Vec::new(), answers };
+        for rank in 0..processes {
+            let mut command = Command::new(&program);
+            command.args([member::COMMAND, backend]);
+            match engine {
+                Engine::Threads => drop(command.arg(world.to_string())),
+                Engine::Gloo => {}
+                Engine::SharedMemory | Engine::Tcp => {
+                    drop(command.env("TCH_DISTRIBUTED_TRANSPORT", transport))
+                }
+            }
+            if engine == Engine::Gloo {
+                command.env("GLOO_SOCKET_IFNAME", "lo");
+            }
+            let mut child = command
+                .envs([("RANK", rank.to_string()), ("LOCAL_RANK", rank.to_string())])
+                .envs([("WORLD_SIZE", world.to_string()), ("MASTER_PORT", port.to_string())])
+                .env("MASTER_ADDR", "127.0.0.1")
+                .stdin(Stdio::piped())
+                .stdout(Stdio::piped())
+                .spawn()
+                .map_err(|e| e.to_string())?;
+            let stdin = child.stdin.take();
+            if let Some(stdout) = child.stdout.take() {
+                let sender = sender.clone();
+                std::thread::spawn(move || {
+                    for line in BufReader::new(stdout).lines().map_while(Result::ok) {
+                        if sender.send(line).is_err() {
+                            return;
+                        }
+                    }
+                    let _ = sender.send("error a rank ended".to_owned());
+                });
+            }
+            crew.members.push((child, stdin));
+        }
+        for _ in 0..world {
+            crew.answer()?;
+        }
+        Ok(crew)
+    }
+
+    fn answer(&self) -> Result<String, String> {
+        match self.answers.recv_timeout(PATIENCE) {
+            Ok(line) => match line.strip_prefix("error ") {
+                Some(reason) => Err(reason.to_owned()),
+                None => Ok(line),
+            },
+            Err(_) => Err(format!("no answer in {PATIENCE:?}")),
+        }
+    }
+
+    /// Runs a case so many times.
+    pub(crate) fn run(&mut self, case: &Case, iterations: usize) -> Result<Times, String> {
+        for (_, stdin) in &mut self.members {
+            let Some(stdin) = stdin else { continue };
+            writeln!(stdin, "{iterations} {}", case.words()).map_err(|e| e.to_string())?;
+        }
+        let mut slowest = vec![0.0_f64; iterations];
+        let mut wrong = 0;
+        for _ in 0..self.world {
+            let line = self.answer()?;
+            let mut words = line.split(' ').skip(1).map(|w| w.parse::<u64>());
+            wrong += words.next().and_then(Result::ok).ok_or_else(|| format!("{line:?}?"))?;
+            for (slowest, nanos) in slowest.iter_mut().zip(words) {
+                let micros = nanos.map_err(|e| e.to_string())? as f64 / 1000.0;
+                *slowest = slowest.max(micros);
+            }
+        }
+        Ok(Times { micros: slowest, wrong })
+    }
+}
+
+impl Drop for Crew {
+    fn drop(&mut self) {
+        for (child, stdin) in &mut self.members {
+            // The end of its input is the end of its work; it may be stuck in a call.
+            drop(stdin.take());
+            for _ in 0..50 {
+                if !matches!(child.try_wait(), Ok(None)) {
+                    break;
+                }
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}

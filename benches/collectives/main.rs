@@ -1,0 +1,155 @@
+//! Collectives, measured: `cargo xtask bench`, or `cargo bench --bench collectives -- [options]`.
+//!
+//! Every engine runs in processes (or threads) of its own, a *crew*; crews take turns, case by case and
+//! round by round, so that a noisy machine is noisy for all of them. In each round the floor is measured
+//! too: what the memory and the cores of this machine allow at this moment (`probes`).
+
+mod cases;
+mod crew;
+mod member;
+mod options;
+mod plot;
+mod probes;
+mod report;
+
+use std::collections::HashMap;
+use std::process::ExitCode;
+
+use self::cases::Case;
+use self::crew::{Crew, Engine};
+use self::options::Options;
+use self::probes::Probes;
+use self::report::{Row, median, percentile};
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    if arguments.first().is_some_and(|a| a == member::COMMAND) {
+        return member::main(&arguments[1..]);
+    }
+    match Options::parse(&arguments).and_then(|options| run(&options)) {
+        Ok(0) => ExitCode::SUCCESS,
+        Ok(wrong) => {
+            eprintln!("{wrong} results were wrong");
+            ExitCode::FAILURE
+        }
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Everything measured of one case on one engine.
+#[derive(Default)]
+struct Samples {
+    /// The medians of the rounds, in microseconds.
+    medians: Vec<f64>,
+    all: Vec<f64>,
+    /// The median over the floor of the same round.
+    over_floor: Vec<f64>,
+    wrong: u64,
+}
+
+fn run(options: &Options) -> Result<u64, String> {
+    let mut rows = Vec::new();
+    for &world in &options.worlds {
+        let mut crews = Vec::new();
+        for &engine in &options.engines {
+            match Crew::start(engine, world) {
+                Ok(crew) => crews.push(crew),
+                Err(reason) => eprintln!("{engine} with {world} ranks is left out: {reason}"),
+            }
+        }
+        let probes = Probes::new(world);
+        for case in options.cases() {
+            eprintln!("{case}, {world} ranks");
+            rows.extend(measure(&case, world, &mut crews, &probes, options)?);
+        }
+    }
+    report::print(&rows);
+    if let Some(path) = &options.json {
+        report::write_json(path, &rows)?;
+    }
+    if let Some(path) = &options.svg {
+        plot::write(path, &rows)?;
+    }
+    Ok(rows.iter().map(|row| row.wrong).sum())
+}
+
+fn measure(
+    case: &Case,
+    world: usize,
+    crews: &mut Vec<Crew>,
+    probes: &Probes,
+    options: &Options,
+) -> Result<Vec<Row>, String> {
+    let mut samples: HashMap<Engine, Samples> = HashMap::new();
+    let mut iterations: HashMap<Engine, usize> = HashMap::new();
+    let mut failed = Vec::new();
+    for crew in crews.iter_mut() {
+        // How often, from a first try: as often as fits into the time of a round.
+        match crew.run(case, 3) {
+            Ok(times) => {
+                let one = median(&times.micros).max(0.1);
+                let often = (options.round_millis as f64 * 1000.0 / one) as usize;
+                iterations.insert(crew.engine, often.clamp(3, 5000));
+                samples.entry(crew.engine).or_default().wrong += times.wrong;
+            }
+            Err(reason) => failed.push((crew.engine, reason)),
+        }
+    }
+    for round in 0..options.rounds {
+        let floor = probes.floor(case);
+        // Whoever goes first finds colder caches: take turns at that too.
+        let count = crews.len().max(1);
+        for n in 0..crews.len() {
+            let crew = &mut crews[(n + round) % count];
+            let Some(&often) = iterations.get(&crew.engine) else { continue };
+            match crew.run(case, often) {
+                Ok(times) => {
+                    let samples = samples.entry(crew.engine).or_default();
+                    let middle = median(&times.micros);
+                    samples.medians.push(middle);
+                    samples.over_floor.push(middle / floor);
+                    samples.all.extend(times.micros);
+                    samples.wrong += times.wrong;
+                }
+                Err(reason) => {
+                    iterations.remove(&crew.engine);
+                    failed.push((crew.engine, reason));
+                }
+            }
+        }
+    }
+    for (engine, reason) in failed {
+        eprintln!("{engine} failed at {case} and is left out from here on: {reason}");
+        crews.retain(|crew| crew.engine != engine);
+        samples.remove(&engine);
+    }
+    let gloo = samples.get(&Engine::Gloo).map(|s| s.medians.clone());
+    let mut rows: Vec<Row> = options
+        .engines
+        .iter()
+        .filter_map(|&engine| samples.get(&engine).map(|s| (engine, s)))
+        .filter(|(_, s)| !s.medians.is_empty())
+        .map(|(engine, s)| {
+            let median_us = median(&s.medians);
+            let ratio_gloo = gloo.as_ref().map(|gloo| {
+                let ratios: Vec<f64> = gloo.iter().zip(&s.medians).map(|(g, m)| g / m).collect();
+                median(&ratios)
+            });
+            Row::new(
+                case,
+                world,
+                engine,
+                median_us,
+                percentile(&s.all, 0.99),
+                ratio_gloo,
+                median(&s.over_floor),
+                s.wrong,
+            )
+        })
+        .collect();
+    rows.sort_by_key(|row| options.engines.iter().position(|e| e.names() == (row.engine, row.transport)));
+    Ok(rows)
+}

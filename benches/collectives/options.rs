@@ -1,0 +1,126 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use tch::Kind;
+
+use super::cases::{COLLECTIVES, Case, Collective, KINDS};
+use super::crew::{ENGINES, Engine};
+
+const USAGE: &str = "\
+cargo xtask bench [options]
+  --collectives LIST  of all_reduce, reduce, broadcast, all_gather, gather, scatter, reduce_scatter,
+                      all_to_all, send_recv, barrier (all of them)
+  --sizes LIST        bytes of the larger buffer, with K, M or G (4,4K,64K,1M,16M,64M)
+  --kinds LIST        of f32, f64, f16, bf16, i32, u8 (f32)
+  --worlds LIST       numbers of ranks (2)
+  --engines LIST      of native/shm, native/tcp, native/threads, gloo/tcp (all there are)
+  --rounds N          interleaved rounds (7)
+  --json FILE         the results, an array of objects
+  --svg FILE          a plot of them
+  --quick             a few sizes and rounds, to see that it works";
+
+#[derive(Debug)]
+pub(crate) struct Options {
+    collectives: Vec<Collective>,
+    sizes: Vec<usize>,
+    kinds: Vec<Kind>,
+    pub(crate) worlds: Vec<usize>,
+    pub(crate) engines: Vec<Engine>,
+    pub(crate) rounds: usize,
+    /// How long an engine runs a case in one round.
+    pub(crate) round_millis: u64,
+    pub(crate) json: Option<PathBuf>,
+    pub(crate) svg: Option<PathBuf>,
+}
+
+impl Options {
+    pub(crate) fn parse(arguments: &[String]) -> Result<Self, String> {
+        let mut options = Self {
+            collectives: COLLECTIVES.to_vec(),
+            sizes: vec![4, 4 << 10, 64 << 10, 1 << 20, 16 << 20, 64 << 20],
+            kinds: vec![Kind::Float],
+            worlds: vec![2],
+            engines: ENGINES.to_vec(),
+            rounds: 7,
+            round_millis: 60,
+            json: None,
+            svg: None,
+        };
+        let mut arguments = arguments.iter();
+        while let Some(name) = arguments.next() {
+            let mut value = || arguments.next().ok_or_else(|| format!("{name} needs a value\n{USAGE}"));
+            match name.as_str() {
+                "--help" => {
+                    println!("{USAGE}");
+                    std::process::exit(0);
+                }
+                // cargo adds this one.
+                "--bench" => {}
+                "--collectives" => options.collectives = list(value()?, |v| v.parse())?,
+                "--sizes" => options.sizes = list(value()?, size)?,
+                "--kinds" => options.kinds = list(value()?, kind)?,
+                "--worlds" => options.worlds = list(value()?, number)?,
+                "--engines" => options.engines = list(value()?, engine)?,
+                "--rounds" => options.rounds = number(value()?)?,
+                "--json" => options.json = Some(value()?.into()),
+                "--svg" => options.svg = Some(value()?.into()),
+                "--quick" => {
+                    options.sizes = vec![4, 64 << 10, 1 << 20];
+                    options.rounds = 2;
+                    options.round_millis = 5;
+                }
+                _ => return Err(format!("{name:?} is no option\n{USAGE}")),
+            }
+        }
+        if options.rounds == 0 || options.worlds.iter().any(|&w| w < 2) {
+            return Err("at least one round, and at least two ranks".to_owned());
+        }
+        Ok(options)
+    }
+
+    pub(crate) fn cases(&self) -> Vec<Case> {
+        let mut cases = Vec::new();
+        for &collective in &self.collectives {
+            for &kind in &self.kinds {
+                for &bytes in &self.sizes {
+                    let bytes = bytes.max(kind.elt_size_in_bytes());
+                    if collective != Collective::Barrier {
+                        cases.push(Case { collective, bytes, kind });
+                    }
+                }
+                if collective == Collective::Barrier {
+                    cases.push(Case { collective, bytes: 0, kind });
+                    break;
+                }
+            }
+        }
+        cases
+    }
+}
+
+fn list<T>(text: &str, item: impl Fn(&str) -> Result<T, String>) -> Result<Vec<T>, String> {
+    text.split(',').map(|word| item(word.trim())).collect()
+}
+
+fn number(text: &str) -> Result<usize, String> {
+    text.parse().map_err(|_| format!("{text:?} is no number"))
+}
+
+fn size(text: &str) -> Result<usize, String> {
+    let (digits, shift) = match text.chars().last() {
+        Some('K') => (&text[..text.len() - 1], 10),
+        Some('M') => (&text[..text.len() - 1], 20),
+        Some('G') => (&text[..text.len() - 1], 30),
+        _ => (text, 0),
+    };
+    Ok(number(digits)? << shift)
+}
+
+fn kind(text: &str) -> Result<Kind, String> {
+    KINDS.iter().find(|(name, _)| *name == text).map(|k| k.1).ok_or_else(|| format!("{text:?} is no kind"))
+}
+
+fn engine(text: &str) -> Result<Engine, String> {
+    ENGINES.into_iter().find(|e| e.to_string() == text).ok_or_else(|| format!("{text:?} is no engine"))
+}

@@ -42,7 +42,8 @@ fn means_something(op: ReduceOp, kind: Kind) -> bool {
         Avg => kind != Kind::Bool,
         Min | Max => !complex,
         BitAnd | BitOr | BitXor => !float && !complex,
-        PremulSum(_) => float || complex,
+        // PremulSum.
+        _ => float || complex,
     }
 }
 
@@ -129,7 +130,7 @@ macro_rules! model_integer {
             ReduceOp::BitAnd => fold(|a, b| a & b),
             ReduceOp::BitOr => fold(|a, b| a | b),
             ReduceOp::BitXor => fold(|a, b| a ^ b),
-            ReduceOp::PremulSum(_) => unreachable!(),
+            _ => unreachable!(),
         }
         .to_ne_bytes()
         .to_vec()

@@ -18,7 +18,7 @@ mod p2p;
 mod plan;
 mod progress;
 #[allow(dead_code)]
-pub(crate) mod shm;
+mod shm;
 mod stamp;
 mod tcp;
 #[cfg(test)]
@@ -26,6 +26,7 @@ mod tests;
 mod threads;
 pub(crate) mod transport;
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -37,13 +38,14 @@ use self::kernels::Reducer;
 use self::ledger::Ledger;
 use self::meet::Meeting;
 use self::plan::Tuning;
+use self::transport::Transport;
 use super::{BackendContext, Call, CollectiveBackend, Completion, Op, Transfer};
 use crate::{Error, Result};
 
 /// Makes the native backend for a group: threads of one process, processes of one host, or hosts,
 /// whichever the ranks turn out to be. An outside backend can wrap what it returns.
 ///
-/// `TCH_DISTRIBUTED_TRANSPORT` = `threads`, `shm` or `tcp` forces one; all ranks have to agree.
+/// `TCH_DISTRIBUTED_TRANSPORT` = `threads`, `shm`, `unix` or `tcp` forces one; all ranks have to agree.
 ///
 /// # Errors
 /// `Timeout` naming the ranks that did not come, `Rendezvous` where they differ in version or settings.
@@ -65,10 +67,24 @@ fn create_with(context: BackendContext, forced: Option<String>) -> Result<Arc<dy
         }
         Some("threads") => threads(&context, &meeting, token),
         None if one_process => threads(&context, &meeting, token),
-        Some("tcp") | None => sockets(&context, &meeting, token, one_host),
-        Some(other) => {
-            Err(unavailable(&format!("TCH_DISTRIBUTED_TRANSPORT={other:?}: known are threads, shm and tcp")))
-        }
+        Some("shm" | "unix") if !one_host => Err(unavailable(
+            "TCH_DISTRIBUTED_TRANSPORT names a transport of one host, but ranks are on several",
+        )),
+        Some("shm") => shared(&context, &meeting, token),
+        Some("unix") => sockets(&context, &meeting, token, true, true),
+        Some("tcp") => sockets(&context, &meeting, token, false, one_host),
+        None if one_host => match shared(&context, &meeting, token) {
+            // All ranks or none: they have voted.
+            Err(Error::BackendUnavailable { reason, .. }) => {
+                tracing::warn!(reason, "falling back to unix sockets");
+                sockets(&context, &meeting, token, true, true)
+            }
+            other => other,
+        },
+        None => sockets(&context, &meeting, token, false, false),
+        Some(other) => Err(unavailable(&format!(
+            "TCH_DISTRIBUTED_TRANSPORT={other:?}: known are threads, shm, unix and tcp"
+        ))),
     }
 }
 
@@ -89,19 +105,38 @@ fn threads(context: &BackendContext, meeting: &Meeting, token: u128) -> Result<A
     Ok(Arc::new(Native { engine }))
 }
 
-/// Ranks as processes that talk through sockets.
+/// Ranks on one host that share memory; control and messages go through unix sockets.
+fn shared(context: &BackendContext, meeting: &Meeting, token: u128) -> Result<Arc<dyn CollectiveBackend>> {
+    let (rank, world) = (context.rank, context.size);
+    let transport = shm::connect(context)?;
+    let control = [tcp::Channel::Control];
+    let mut sockets = tcp::connect(meeting, rank, world, token, &control, true, true)?;
+    engine(rank, transport, sockets.pop().unwrap_or_default())
+}
+
+/// Ranks that talk through sockets.
 fn sockets(
     context: &BackendContext,
     meeting: &Meeting,
     token: u128,
+    local: bool,
     one_host: bool,
 ) -> Result<Arc<dyn CollectiveBackend>> {
     let (rank, world) = (context.rank, context.size);
     let channels = [tcp::Channel::Data, tcp::Channel::Control];
-    let mesh = tcp::connect(meeting, rank, world, token, &channels, false, one_host)?;
-    let mut sockets = mesh.sockets.into_iter();
-    let (data, control) = (sockets.next().unwrap_or_default(), sockets.next().unwrap_or_default());
-    let transport = Arc::new(tcp::Sockets::new(rank, data)?);
+    let mut sockets = tcp::connect(meeting, rank, world, token, &channels, local, one_host)?;
+    let control = sockets.pop().unwrap_or_default();
+    let data = sockets.pop().unwrap_or_default();
+    engine(rank, Arc::new(tcp::Sockets::new(rank, data)?), control)
+}
+
+/// An engine over a transport and control connections, `control[r]` to rank r.
+fn engine(
+    rank: usize,
+    transport: Arc<dyn Transport>,
+    control: Vec<Option<OwnedFd>>,
+) -> Result<Arc<dyn CollectiveBackend>> {
+    let world = control.len();
     let ledger = Arc::new(Ledger::new());
     let control = tcp::SocketControl::new(rank, control, ledger.clone())?;
     Ok(Arc::new(Native { engine: Engine::new(rank, world, transport, control, ledger) }))

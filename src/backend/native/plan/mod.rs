@@ -11,7 +11,11 @@ mod broadcast;
 mod exchange;
 mod moves;
 mod one_shot;
+#[cfg(test)]
+mod simulate;
 mod table;
+#[cfg(test)]
+mod tests;
 
 use smallvec::SmallVec;
 

@@ -28,11 +28,6 @@ pub(crate) enum Channel {
     Control = 1,
 }
 
-/// Connections to all peers: `sockets[channel][rank]`, in the order of the channels asked for.
-pub(crate) struct Mesh {
-    pub(crate) sockets: Vec<Vec<Option<OwnedFd>>>,
-}
-
 /// Magic (8), version (4), token (16), rank (4), rank called (4), channel (4).
 const HELLO: usize = 40;
 const MAGIC: &[u8; 8] = b"tchdist\x01";
@@ -70,7 +65,8 @@ struct Caller {
     since: Instant,
 }
 
-/// Connects all ranks of a group, with one connection for each channel; `local`: by unix sockets.
+/// Connects all ranks of a group, with one connection for each channel: `[channel][rank]`. `local`: by
+/// unix sockets.
 pub(crate) fn connect(
     meeting: &Meeting,
     rank: usize,
@@ -79,7 +75,7 @@ pub(crate) fn connect(
     channels: &[Channel],
     local: bool,
     one_host: bool,
-) -> Result<Mesh> {
+) -> Result<Vec<Vec<Option<OwnedFd>>>> {
     let (listener, address) = address::listen(local, one_host)?;
     listener.set_nonblocking(true)?;
     let addresses: Vec<Address> = meeting.exchange(if local { "local" } else { "address" }, &address)?;
@@ -108,7 +104,7 @@ pub(crate) fn connect(
     for socket in desk.sockets.iter().flatten().flatten() {
         tune(socket, local)?;
     }
-    Ok(Mesh { sockets: desk.sockets })
+    Ok(desk.sockets)
 }
 
 /// Calls a peer until it answers or time is up. It listens already; what fails is the way to it.

@@ -18,7 +18,7 @@ use std::time::Instant;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
 pub(crate) use control::SocketControl;
-pub(crate) use handshake::{Channel, Mesh, connect};
+pub(crate) use handshake::{Channel, connect};
 
 use self::data::SocketLinks;
 use super::executor::{Executor, Wiring};

@@ -6,6 +6,12 @@ macro_rules! on_every_transport {
         mod threads {
             $(#[test] fn $name() { crate::backend::native::tests::on("threads", super::$name) })*
         }
+        mod shm {
+            $(#[test] fn $name() { crate::backend::native::tests::on("shm", super::$name) })*
+        }
+        mod unix {
+            $(#[test] fn $name() { crate::backend::native::tests::on("unix", super::$name) })*
+        }
         mod tcp {
             $(#[test] fn $name() { crate::backend::native::tests::on("tcp", super::$name) })*
         }

@@ -57,6 +57,25 @@ pub fn lines(stem: &Path, labels: Labels<'_>, series: &[Series]) -> Result<[Path
     Ok([svg, png])
 }
 
+/// Told apart by people who do not see red and green as different (M. Okabe, K. Ito).
+const COLORS: [RGBColor; 6] = [
+    RGBColor(0, 114, 178),
+    RGBColor(213, 94, 0),
+    RGBColor(0, 158, 115),
+    RGBColor(204, 121, 167),
+    RGBColor(86, 180, 233),
+    RGBColor(230, 159, 0),
+];
+
+/// Whole numbers without decimals, others with as few as tell them apart.
+fn number(value: &f64) -> String {
+    if (value - value.round()).abs() < 1e-9 {
+        format!("{value:.0}")
+    } else {
+        format!("{value:.3}").trim_end_matches('0').to_owned()
+    }
+}
+
 fn draw<B: DrawingBackend>(
     area: &DrawingArea<B, Shift>,
     labels: Labels<'_>,
@@ -85,11 +104,13 @@ where
         .x_desc(labels.x)
         .y_desc(labels.y)
         .light_line_style(WHITE)
+        .x_label_formatter(&number)
+        .y_label_formatter(&number)
         .axis_desc_style(("sans-serif", 17))
         .label_style(("sans-serif", 14))
         .draw()?;
     for (i, s) in series.iter().enumerate() {
-        let color = Palette99::pick(i).mix(1.0);
+        let color = COLORS[i % COLORS.len()];
         let dots = s.points.iter().map(|p| Circle::new(*p, 4, color.filled()));
         let legend = move |(x, y)| Circle::new((x + 10, y), 4, color.filled());
         if s.dots {
@@ -103,6 +124,7 @@ where
     }
     chart
         .configure_series_labels()
+        .position(SeriesLabelPosition::UpperLeft)
         .background_style(WHITE.mix(0.85))
         .border_style(BLACK.mix(0.3))
         .label_font(("sans-serif", 15))

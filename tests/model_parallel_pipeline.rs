@@ -91,7 +91,7 @@ fn stages(vs: &nn::VarStore, group: &ProcessGroup, chunks: usize, blocks: usize,
     (0..chunks)
         .map(|chunk| {
             let stage = chunk * group.size() + group.rank();
-            let mut blocks = stage * each..(stage + 1) * each;
+            let blocks = stage * each..(stage + 1) * each;
             let module = blocks.fold(nn::seq(), |seq, b| seq.add(Block::new(vs, b, kind)));
             Stage::new(module)
         })

@@ -67,6 +67,9 @@ struct Held {
     bytes: usize,
 }
 
+/// The loss of a micro-batch, of the last stage's outputs and the targets.
+type LossOf<'a> = dyn FnMut(&[Tensor], &[Tensor]) -> Result<Tensor> + 'a;
+
 /// One run of a plan.
 struct Run<'a> {
     train: bool,
@@ -76,7 +79,7 @@ struct Run<'a> {
     held: HashMap<(usize, usize), Held>,
     /// What goes to a stage on this same rank.
     local: HashMap<Key, (Vec<Tensor>, Vec<Look>)>,
-    loss: &'a mut dyn FnMut(&[Tensor], &[Tensor]) -> Result<Tensor>,
+    loss: &'a mut LossOf<'a>,
     /// Evaluation without a loss gives the last stage's outputs, one row a micro-batch.
     keep_outputs: bool,
     outputs: Vec<Vec<Tensor>>,
@@ -286,7 +289,7 @@ impl Pipeline {
         train: bool,
         inputs: &[Tensor],
         targets: &[Tensor],
-        loss: &'a mut dyn FnMut(&[Tensor], &[Tensor]) -> Result<Tensor>,
+        loss: &'a mut LossOf<'a>,
         keep_outputs: bool,
     ) -> Result<Run<'a>> {
         let (first, last) = self.ends();

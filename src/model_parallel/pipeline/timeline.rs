@@ -80,8 +80,8 @@ impl Timeline {
         let mut next = vec![0; plan.ranks()];
         loop {
             let mut moved = false;
-            for rank in 0..plan.ranks() {
-                while let Some(&action) = plan.actions(rank).get(next[rank]) {
+            for (rank, next) in next.iter_mut().enumerate() {
+                while let Some(&action) = plan.actions(rank).get(*next) {
                     let needed = match plan.needs(action) {
                         None => Some(0.0),
                         Some(n) if n.stage % plan.ranks() == rank => ends.get(&n).copied(),
@@ -96,7 +96,7 @@ impl Timeline {
                     let end = start + costs.of(action.pass);
                     timeline.ranks[rank].push(Slot { action, start, end });
                     ends.insert(action, end);
-                    next[rank] += 1;
+                    *next += 1;
                     moved = true;
                 }
             }

@@ -119,6 +119,11 @@ impl VocabParallelEmbedding {
         Self { ws, first, vocabulary: split.full(), config, group: group.clone() }
     }
 
+    /// The same table once more, with the same weight: for a head tied to an embedding on one rank.
+    pub fn share(&self) -> Self {
+        Self { ws: self.ws.shallow_clone(), group: self.group.clone(), ..*self }
+    }
+
     /// The rows of the tokens in `ids` (any shape, the same on every rank): `[.., width]`.
     ///
     /// # Errors

@@ -45,7 +45,6 @@ pub use row::RowParallelLinear;
 
 use tch::Tensor;
 
-use crate::functional::shard_range;
 use crate::{Error, ProcessGroup, Result};
 
 /// How a split linear layer meets its surroundings.
@@ -120,10 +119,4 @@ fn check_features(xs: &Tensor, features: i64) -> Result<()> {
 /// A size must be at least one.
 fn check_positive(argument: &'static str, value: i64) -> Result<()> {
     if value > 0 { Ok(()) } else { Err(Error::invalid(argument, format!("{value} is not positive"))) }
-}
-
-/// This rank's share of `len`.
-fn own_len(len: i64, group: &ProcessGroup) -> i64 {
-    let part = shard_range(len, group.rank(), group.size());
-    part.end - part.start
 }

@@ -1,0 +1,219 @@
+//! A whole GPT on every mesh shape against the same model on one rank: losses, every gradient, the gradient norm over
+//! all axes, and twenty steps of training.
+
+use std::collections::BTreeMap;
+
+use tch::nn::{self, OptimizerConfig};
+use tch::{Device, Kind, Tensor};
+use tch_distributed::model_parallel::pipeline::{Pipeline, Schedule, Stage};
+use tch_distributed::model_parallel::tensor::Layout;
+use tch_distributed::model_parallel::{DeviceMesh, clip_grad_norm, sync_gradients};
+use tch_distributed::testing::{run_processes, run_threads};
+use tch_distributed::{self as dist, ProcessGroup};
+
+#[path = "../examples/common/gpt.rs"]
+mod gpt;
+
+const ROWS: i64 = 8;
+const CONTEXT: i64 = 8;
+
+fn config(sequence_parallel: bool) -> gpt::Config {
+    gpt::Config {
+        vocabulary: 32,
+        context: CONTEXT,
+        width: 16,
+        layers: 4,
+        heads: 4,
+        sequence_parallel,
+        ..Default::default()
+    }
+}
+
+fn batch(step: i64) -> (Tensor, Tensor) {
+    let all = (Tensor::arange(ROWS * (CONTEXT + 1), (Kind::Int64, Device::Cpu)) * 7 + step * 5).remainder(31);
+    let all = all.reshape([ROWS, CONTEXT + 1]);
+    (all.narrow(1, 0, CONTEXT), all.narrow(1, 1, CONTEXT))
+}
+
+/// The full weight of this name: the same however the model is cut.
+fn full_weight(name: &str) -> Option<Tensor> {
+    let c = config(false);
+    let size = match name.rsplit('.').take(2).collect::<Vec<_>>()[..] {
+        ["weight", "wte"] => vec![c.vocabulary, c.width],
+        ["weight", "wpe"] => vec![c.context, c.width],
+        ["weight", "qkv"] => vec![3 * c.width, c.width],
+        ["weight", "up"] => vec![4 * c.width, c.width],
+        ["weight", "down"] => vec![c.width, 4 * c.width],
+        ["weight", "out"] => vec![c.width, c.width],
+        ["bias", "qkv"] => vec![3 * c.width],
+        ["bias", "up"] => vec![4 * c.width],
+        _ => vec![c.width],
+    };
+    let n: i64 = size.iter().product();
+    let phase = name.bytes().map(f64::from).sum::<f64>();
+    let wave = (Tensor::arange(n, (Kind::Double, Device::Cpu)) * 0.71 + phase).sin().reshape(&size);
+    Some(if name.contains("ln") && name.ends_with("weight") { wave * 0.1 + 1.0 } else { wave * 0.2 })
+}
+
+type Numbers = BTreeMap<String, Vec<f64>>;
+
+fn flat(t: &Tensor) -> Vec<f64> {
+    Vec::<f64>::try_from(t.detach().to_kind(Kind::Double).reshape([-1])).unwrap()
+}
+
+struct Trained {
+    losses: Vec<f64>,
+    norms: Vec<f64>,
+    /// Of the first step, before clipping.
+    grads: Numbers,
+    weights: Numbers,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Case {
+    dp: usize,
+    pp: usize,
+    tp: usize,
+    sp: bool,
+    schedule: Schedule,
+}
+
+/// Trains as the example does. Gives this rank's part of what there is to compare.
+fn train(world: &ProcessGroup, case: Case, kind: Kind, steps: i64) -> Trained {
+    let mesh = DeviceMesh::new(world, &[("dp", case.dp), ("pp", case.pp), ("tp", case.tp)]).unwrap();
+    let [dp, pp, tp] = ["dp", "pp", "tp"].map(|axis| mesh.group(axis).unwrap());
+    let model_ranks = mesh.flatten(&["pp", "tp"]).unwrap();
+    let chunks = if case.schedule == Schedule::Interleaved { 2 } else { 1 };
+    let stages = case.pp * chunks;
+    let mut vs = nn::VarStore::new(Device::Cpu);
+    let (parts, mut layout) = Layout::record(&tp, || {
+        let mine = (0..chunks).map(|chunk| chunk * case.pp + pp.rank());
+        mine.map(|s| gpt::Part::new(&vs.root(), config(case.sp), s, stages, &tp).unwrap()).collect::<Vec<_>>()
+    });
+    vs.set_kind(kind);
+    layout.fill(&vs, |name| full_weight(name).map(|t| t.to_kind(kind))).unwrap();
+    if pp.rank() > 0 {
+        layout.mark_copy("wte.weight");
+    }
+    let tied = parts.iter().find_map(gpt::Part::tied);
+    let parts = parts.into_iter().map(Stage::new).collect();
+    let pipeline = Pipeline::new(parts, 4, case.schedule, &pp).unwrap();
+    pipeline.tie(&[0, stages - 1], tied.as_ref()).unwrap();
+
+    let mut optimizer = nn::Sgd { momentum: 0.9, ..Default::default() }.build(&vs, 0.02).unwrap();
+    let mut trained =
+        Trained { losses: vec![], norms: vec![], grads: Numbers::new(), weights: Numbers::new() };
+    for step in 0..steps {
+        let (xs, targets) = batch(step);
+        let rows = ROWS / case.dp as i64;
+        let own = |t: &Tensor| t.narrow(0, dp.rank() as i64 * rows, rows);
+        optimizer.zero_grad();
+        let loss =
+            pipeline.step(Some(&own(&xs)), Some(&own(&targets)), |ys, ts| gpt::loss(ys, ts, &tp)).unwrap();
+        sync_gradients(&vs, &dp).unwrap();
+        if step == 0 {
+            let grads = layout.full_gradients(&vs).unwrap();
+            assert_eq!(grads.len(), vs.variables().len(), "every parameter has a gradient");
+            trained.grads = grads.iter().map(|(name, g)| (name.clone(), flat(g))).collect();
+        }
+        trained.norms.push(clip_grad_norm(&vs, &layout, 1.0, &model_ranks).unwrap());
+        optimizer.step();
+        if let Some(mut loss) = loss {
+            dp.all_reduce(&mut loss, dist::ReduceOp::Avg).unwrap();
+            trained.losses.push(loss.double_value(&[]));
+        }
+    }
+    let mut names: Vec<_> = vs.variables().into_iter().collect();
+    names.sort_by(|a, b| a.0.cmp(&b.0));
+    trained.weights = names.iter().map(|(n, t)| (n.clone(), flat(&layout.full(n, t).unwrap()))).collect();
+    trained
+}
+
+fn alone(kind: Kind, steps: i64) -> Trained {
+    let case = Case { dp: 1, pp: 1, tp: 1, sp: false, schedule: Schedule::GPipe };
+    run_threads(1, |world| train(&world, case, kind, steps)).remove(0)
+}
+
+fn assert_close(what: &str, got: &[f64], expected: &[f64], tolerance: f64) {
+    assert_eq!(got.len(), expected.len(), "{what}");
+    let most = expected.iter().fold(0.0_f64, |m, x| m.max(x.abs()));
+    for (a, b) in got.iter().zip(expected) {
+        assert!((a - b).abs() <= tolerance * most, "{what}: {a}, expected {b}");
+    }
+}
+
+fn compare(got: &Trained, expected: &Trained, case: Case, tolerance: f64) {
+    if !got.losses.is_empty() {
+        assert_close(&format!("{case:?}: losses"), &got.losses, &expected.losses, tolerance);
+    }
+    assert_close(&format!("{case:?}: norms"), &got.norms, &expected.norms, tolerance);
+    for (name, grad) in &got.grads {
+        assert_close(&format!("{case:?}: gradient of {name}"), grad, &expected.grads[name], tolerance);
+    }
+    for (name, weight) in &got.weights {
+        assert_close(&format!("{case:?}: {name}"), weight, &expected.weights[name], tolerance);
+    }
+}
+
+/// Every way to write `n` as data x pipeline x tensor, plain and with split sequences and other schedules.
+fn cases(n: usize) -> Vec<Case> {
+    let mut cases = Vec::new();
+    for (dp, pp, tp) in
+        [1, 2, 4, 8].iter().flat_map(|&a| [1, 2, 4].iter().flat_map(move |&b| [1, 2, 4].map(|c| (a, b, c))))
+    {
+        if dp * pp * tp != n || dp > 2 {
+            continue;
+        }
+        let one = Case { dp, pp, tp, sp: false, schedule: Schedule::OneFOneB };
+        cases.push(one);
+        if tp > 1 {
+            cases.push(Case { sp: true, schedule: Schedule::GPipe, ..one });
+        }
+        if pp == 2 {
+            cases.push(Case { sp: tp > 1, schedule: Schedule::Interleaved, ..one });
+        }
+    }
+    cases
+}
+
+#[test]
+fn twenty_steps_on_every_mesh_equal_one_rank_in_f64() {
+    let expected = alone(Kind::Double, 20);
+    assert!(expected.losses[19] < expected.losses[0] - 0.1, "it learns: {:?}", expected.losses);
+    for n in [2, 4, 8] {
+        for case in cases(n) {
+            for got in run_threads(n, |world| train(&world, case, Kind::Double, 20)) {
+                compare(&got, &expected, case, 1e-10);
+            }
+        }
+    }
+}
+
+#[test]
+fn losses_and_gradients_on_every_mesh_equal_one_rank_in_f32() {
+    let expected = alone(Kind::Float, 1);
+    for n in [2, 4, 8] {
+        for case in cases(n) {
+            for got in run_threads(n, |world| train(&world, case, Kind::Float, 1)) {
+                compare(&got, &expected, case, 1e-5);
+            }
+        }
+    }
+}
+
+#[test]
+fn ranks_as_processes_train_the_same() {
+    let name = "ranks_as_processes_train_the_same";
+    run_processes(4, name, || {
+        let world = dist::init_process_group("native", dist::InitOptions::new()).unwrap();
+        let case = Case { dp: 1, pp: 2, tp: 2, sp: true, schedule: Schedule::Interleaved };
+        let got = train(&world, case, Kind::Double, 5);
+        let own = world.new_group(&[0]).unwrap();
+        if let Some(own) = own {
+            let one = Case { dp: 1, pp: 1, tp: 1, sp: false, schedule: Schedule::GPipe };
+            let expected = train(&own, one, Kind::Double, 5);
+            compare(&got, &expected, case, 1e-10);
+        }
+        dist::destroy_process_group().unwrap();
+    });
+}

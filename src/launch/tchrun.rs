@@ -26,11 +26,16 @@ const BEAT: Duration = Duration::from_millis(500);
 const SILENT: Duration = Duration::from_secs(30);
 /// The hidden first argument of a rank: tchrun itself, about to become the program.
 const BECOME: &str = "--become-rank-of";
+/// The first argument that makes it read flight records instead of running a program.
+const DIAGNOSE: &str = "diagnose";
 
 /// Runs a program as the ranks of one world.
 ///
 /// Sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT and the rest as torchrun does. The first
 /// rank to fail ends all others, on all nodes; its exit status is tchrun's.
+///
+/// `tchrun diagnose DIR` runs nothing: it reads the flight records that the ranks left in DIR (see
+/// TCH_DISTRIBUTED_FLIGHT_DIR) and says which rank stopped where.
 #[derive(Debug, Parser)]
 #[command(name = "tchrun", version)]
 struct Options {
@@ -69,6 +74,9 @@ pub fn main() -> i32 {
     if arguments.get(1).is_some_and(|argument| argument == BECOME) {
         return become_rank(&arguments.split_off(2));
     }
+    if arguments.get(1).is_some_and(|argument| argument == DIAGNOSE) {
+        return diagnose(&arguments.split_off(2));
+    }
     match run(Options::parse_from(arguments)) {
         Ok(code) => code,
         Err(error) => {
@@ -87,6 +95,24 @@ fn become_rank(arguments: &[OsString]) -> i32 {
     let error = Command::new(program).args(rest).exec();
     eprintln!("tchrun: cannot run {}: {error}", program.to_string_lossy());
     127
+}
+
+/// Says what the flight records in a folder mean; 0 where every rank did the same.
+fn diagnose(arguments: &[OsString]) -> i32 {
+    let [folder] = arguments else {
+        eprintln!("usage: tchrun diagnose DIR, the folder that TCH_DISTRIBUTED_FLIGHT_DIR named");
+        return 2;
+    };
+    match crate::profile::diagnose_folder(folder.as_ref()) {
+        Ok(diagnosis) => {
+            print!("{diagnosis}");
+            i32::from(!diagnosis.suspects.is_empty())
+        }
+        Err(error) => {
+            eprintln!("tchrun: {error}");
+            2
+        }
+    }
 }
 
 fn ranks_here(text: &str) -> Result<usize> {

@@ -1,0 +1,101 @@
+//! Every example of this file's list runs, and says what it should.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+/// Runs an example that cargo has built beside this test, at most two minutes.
+fn run(name: &str, arguments: &[&str]) -> Output {
+    // target/debug/deps/examples-… → target/debug/examples/name
+    let this = std::env::current_exe().unwrap();
+    let program: PathBuf = this.parent().and_then(Path::parent).unwrap().join("examples").join(name);
+    let mut child = Command::new(&program)
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap_or_else(|e| {
+            panic!(
+                "{}: {e} (cargo test builds examples; cargo test --test examples does not)",
+                program.display()
+            )
+        });
+    let id = child.id();
+    let (done, ended) = std::sync::mpsc::channel::<()>();
+    let watchdog = std::thread::spawn(move || {
+        let start = Instant::now();
+        while ended.recv_timeout(Duration::from_millis(100)).is_err() {
+            if start.elapsed() > Duration::from_secs(120) {
+                let _ = Command::new("kill").arg(id.to_string()).status();
+                return;
+            }
+        }
+    });
+    let _ = child.stdin.take();
+    let output = child.wait_with_output().unwrap();
+    let _ = done.send(());
+    watchdog.join().unwrap();
+    output
+}
+
+/// What a successful example prints.
+fn said(name: &str, arguments: &[&str]) -> String {
+    let output = run(name, arguments);
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "{name}: {text}\n{}", String::from_utf8_lossy(&output.stderr));
+    text
+}
+
+#[test]
+fn one_rank_with_nccl_is_a_group_or_an_error_that_says_why_not() {
+    let text = said("init_nccl_single", &[]);
+    assert!(
+        text.contains("rank 0 of 1") || text.contains("no NCCL here: backend nccl is not available"),
+        "{text}"
+    );
+}
+
+#[test]
+fn ranks_know_who_they_are_from_the_environment() {
+    let text = said("init_from_env", &[]);
+    assert!(text.contains("rank 0 of 2") && text.contains("rank 1 of 2"), "{text}");
+}
+
+#[test]
+fn mistakes_say_what_to_do() {
+    let text = said("errors", &[]);
+    let lines: Vec<&str> = text.lines().collect();
+    assert!(lines[0].contains("init_process_group"), "{text}");
+    assert!(lines[1].contains("world_size") && lines[1].contains("WORLD_SIZE"), "{text}");
+}
+
+#[test]
+fn gathered_gradients_train_the_same_weight_on_every_rank() {
+    let text = said("train_gather_update", &[]);
+    assert!(
+        text.contains("rank 0: the weight is 3.000") && text.contains("rank 1: the weight is 3.000"),
+        "{text}"
+    );
+}
+
+#[test]
+fn digits_are_learnt_and_a_resumed_run_ends_as_one_that_never_stopped() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = |name: &str| folder.path().join(name).display().to_string();
+    let train = |name: &str, epochs: &str, more: &[&str]| {
+        let out = out(name);
+        said("train_digits", &[&["--nproc", "2", "--out", &out, "--epochs", epochs], more].concat())
+    };
+    let text = train("straight", "3", &[]);
+    assert!(text.contains("epoch   3/3"), "{text}");
+    let accuracy = text.lines().find_map(|line| line.strip_prefix("held-out accuracy: ")).unwrap();
+    let accuracy: f64 = accuracy.strip_suffix(" %").unwrap().parse().unwrap();
+    assert!(accuracy > 85.0, "{text}");
+    train("stopped", "1", &[]);
+    train("stopped", "3", &["--resume"]);
+    for file in ["model.safetensors", "checkpoint.safetensors", "loss.svg"] {
+        let read = |name: &str| std::fs::read(folder.path().join(name).join(file)).unwrap();
+        assert!(read("straight") == read("stopped"), "{file} differs");
+    }
+}

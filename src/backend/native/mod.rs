@@ -17,7 +17,6 @@ mod memory;
 mod p2p;
 mod plan;
 mod progress;
-#[allow(dead_code)]
 mod shm;
 mod stamp;
 mod tcp;
@@ -108,7 +107,7 @@ fn threads(context: &BackendContext, meeting: &Meeting, token: u128) -> Result<A
 /// Ranks on one host that share memory; control and messages go through unix sockets.
 fn shared(context: &BackendContext, meeting: &Meeting, token: u128) -> Result<Arc<dyn CollectiveBackend>> {
     let (rank, world) = (context.rank, context.size);
-    let transport = shm::connect(context)?;
+    let transport = Arc::new(shm::connect(context)?);
     let control = [tcp::Channel::Control];
     let mut sockets = tcp::connect(meeting, rank, world, token, &control, true, true)?;
     engine(rank, transport, sockets.pop().unwrap_or_default())

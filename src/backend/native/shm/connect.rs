@@ -11,7 +11,6 @@ use rustix::fs::{Mode, OFlags};
 use super::segment::{DEPTH, Layout, Segment};
 use super::{Inner, SharedMemory};
 use crate::backend::BackendContext;
-use crate::backend::native::transport::Transport;
 use crate::{Error, Result};
 
 /// The most staging memory of a process, over all its groups.
@@ -63,11 +62,7 @@ fn affordable(ranks: usize) -> usize {
 /// # Errors
 /// `BackendUnavailable`, on all ranks, when one of them cannot map the memory: then another transport
 /// is needed. What the store fails with.
-pub(crate) fn connect(context: &BackendContext) -> Result<Arc<dyn Transport>> {
-    Ok(Arc::new(share(context)?))
-}
-
-pub(super) fn share(context: &BackendContext) -> Result<SharedMemory> {
+pub(crate) fn connect(context: &BackendContext) -> Result<SharedMemory> {
     let deadline = Instant::now() + context.timeout;
     let get = |key: &str| {
         context.store.wait(&[key], deadline.saturating_duration_since(Instant::now()))?;

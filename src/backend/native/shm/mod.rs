@@ -39,6 +39,8 @@ struct Inner {
     rank: usize,
     /// Whether there are more ranks than cores.
     crowded: bool,
+    /// How often to look again at once where something is waited for.
+    spins: AtomicU32,
     /// The number of the last call begun here.
     begun: AtomicU64,
     /// The number of the last call that ended here.
@@ -53,11 +55,13 @@ struct Inner {
 
 impl Inner {
     fn new(segment: Segment, rank: usize, reserved: connect::Reserved) -> Self {
-        let crowded = segment.layout.ranks > num_cpus::get();
+        let ranks = segment.layout.ranks;
+        let crowded = ranks > num_cpus::get();
         Self {
             segment,
             rank,
             crowded,
+            spins: AtomicU32::new(Wait::first_spins(ranks)),
             begun: AtomicU64::new(0),
             ended: AtomicU64::new(0),
             runs: AtomicUsize::new(0),
@@ -113,9 +117,12 @@ impl Transport for SharedMemory {
         let mut armed = false;
         loop {
             match machine.advance(inner)? {
-                Progress::Done => return Ok(None),
+                Progress::Done => {
+                    wait.moved(inner);
+                    return Ok(None);
+                }
                 Progress::Moved => {
-                    wait.moved();
+                    wait.moved(inner);
                     armed = false;
                 }
                 Progress::Idle => {

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use smallvec::smallvec;
 use tch::{Device, Kind, Tensor};
 
-use super::connect::{Reserved, share};
+use super::connect::{Reserved, connect};
 use super::segment::{Layout, Segment};
 use super::{Inner, SharedMemory};
 use crate::backend::native::stamp::fingerprint;
@@ -353,7 +353,7 @@ fn contexts(ranks: usize) -> Vec<BackendContext> {
 fn ranks_that_meet_in_a_store_share_memory() {
     let contexts = contexts(3);
     let ranks: Vec<_> = thread::scope(|scope| {
-        let threads: Vec<_> = contexts.iter().map(|c| scope.spawn(|| share(c).unwrap())).collect();
+        let threads: Vec<_> = contexts.iter().map(|c| scope.spawn(|| connect(c).unwrap())).collect();
         threads.into_iter().map(|t| t.join().unwrap()).collect()
     });
     on_all(&ranks, |me, rank| {
@@ -371,7 +371,7 @@ fn if_one_rank_cannot_map_the_memory_all_ranks_are_told_why() {
     let store = contexts[0].store.clone();
     store.set("shm/segment", format!("{} 0 4096 1", std::process::id()).as_bytes()).unwrap();
     thread::scope(|scope| {
-        let threads: Vec<_> = contexts[1..].iter().map(|c| scope.spawn(|| share(c))).collect();
+        let threads: Vec<_> = contexts[1..].iter().map(|c| scope.spawn(|| connect(c))).collect();
         assert!(store.add("shm/voted", 1).unwrap() <= 3);
         if store.add("shm/voted", 0).unwrap() == 3 {
             let verdict = store.get("shm/refusal").unwrap();

@@ -1,15 +1,16 @@
 //! Waiting for other ranks: spin, then give way, then sleep.
 
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use super::Inner;
 use super::protocol::{arm, doze};
 use crate::{Error, Result};
 
-/// How often to look again at once, with a core for each rank: about 50 µs.
+/// How often to look again at once, at most, with a core for each rank: about 50 µs.
 const SPINS: u32 = 2000;
-/// The same with more ranks than cores: somebody else needs this one.
-const SPINS_CROWDED: u32 = 20;
+/// The least, and what is right with more ranks than cores: somebody else needs this one.
+const SPINS_LEAST: u32 = 20;
 /// How often to look again after giving way to whoever is ready to run.
 const YIELDS: u32 = 200;
 /// How often to look at the clock and for failures while not asleep.
@@ -35,13 +36,31 @@ pub(super) enum Next {
 
 impl Wait {
     pub(super) fn new(inner: &Inner) -> Self {
-        Self { spins: if inner.crowded { SPINS_CROWDED } else { SPINS }, tries: 0 }
+        Self { spins: inner.spins.load(Ordering::Relaxed), tries: 0 }
     }
 
-    /// Something moved.
+    /// What a new group begins with.
+    pub(super) fn first_spins(ranks: usize) -> u32 {
+        if ranks > num_cpus::get() { SPINS_LEAST } else { SPINS }
+    }
+
+    /// Something moved. Spinning that was of use is worth more of it the next time, and the reverse: two
+    /// ranks may find themselves on one core of a busy machine, where each would wait for the other to
+    /// stop spinning.
     #[inline(always)]
-    pub(super) fn moved(&mut self) {
-        self.tries = 0;
+    pub(super) fn moved(&mut self, inner: &Inner) {
+        if self.tries > 0 {
+            let spins = match self.tries < self.spins {
+                true if inner.crowded => self.spins,
+                true => (self.spins * 2).min(SPINS),
+                false => (self.spins / 4).max(SPINS_LEAST),
+            };
+            if spins != self.spins {
+                inner.spins.store(spins, Ordering::Relaxed);
+                self.spins = spins;
+            }
+            self.tries = 0;
+        }
     }
 
     /// Nothing moved.

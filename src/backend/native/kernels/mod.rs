@@ -25,7 +25,6 @@ const BLOCK: usize = 512;
 /// are summed wrapping in their own kind (as NCCL sums them) and divided toward zero.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Reducer {
-    op: ReduceOp,
     kind: Kind,
     ranks: usize,
     half: Option<Half>,
@@ -47,6 +46,7 @@ pub(crate) struct Operand {
     pub(crate) factor: f64,
 }
 
+#[allow(dead_code, reason = "what needs no factor is shorter with these")]
 impl Operand {
     /// A rank's own data.
     pub(crate) fn own(data: *const u8) -> Self {
@@ -78,12 +78,7 @@ impl Reducer {
         let Some(partial) = select::choose(unfinished, kind, ranks, isa) else {
             return Err(format!("{op} of {kind:?} tensors"));
         };
-        Ok(Self { op, kind, ranks, half, partial, finish })
-    }
-
-    /// The op.
-    pub(crate) fn op(&self) -> ReduceOp {
-        self.op
+        Ok(Self { kind, ranks, half, partial, finish })
     }
 
     /// The kind of the ranks' own data.
@@ -91,6 +86,7 @@ impl Reducer {
         self.kind
     }
 
+    #[allow(dead_code, reason = "for algorithms that pass partial results on")]
     /// The kind of partial results: f32 for halves, else the kind itself.
     pub(crate) fn partial_kind(&self) -> Kind {
         if self.half.is_some() { Kind::Float } else { self.kind }
@@ -120,6 +116,7 @@ impl Reducer {
         }
     }
 
+    #[allow(dead_code, reason = "for algorithms that pass partial results on")]
     /// The same without finishing; `dst` is of the partial kind.
     ///
     /// # Safety

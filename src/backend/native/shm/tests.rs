@@ -2,7 +2,6 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use smallvec::smallvec;
 use tch::{Device, Kind, Tensor};
 
 use super::connect::{Reserved, connect};

@@ -1,0 +1,179 @@
+//! Ranks as processes: the same numbers, and failures that everybody hears of.
+
+use std::io::{BufRead, BufReader, Read};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use tch::{Device, Kind, nn};
+use tch_distributed as dist;
+
+use dist::data_parallel::{DdpOptions, DistributedDataParallel};
+
+use crate::equivalence::{as_rank, compare};
+use crate::support::{Net, batch};
+
+#[test]
+fn one_to_four_processes_train_as_one_process_does_in_f32_and_f64() {
+    for ranks in 1..=4 {
+        let name = "processes::one_to_four_processes_train_as_one_process_does_in_f32_and_f64";
+        dist::testing::run_processes(ranks, name, || {
+            let group = dist::init_process_group("native", dist::InitOptions::new()).unwrap();
+            for kind in [Kind::Float, Kind::Double] {
+                let trace = as_rank(&group, kind, DdpOptions::new().bucket_cap_mb(0.0005)).unwrap();
+                let traces = group.gather_object(&trace, 0).unwrap();
+                if let Some(traces) = traces {
+                    compare(&traces, kind, &format!("{ranks} processes, {kind:?}"));
+                }
+            }
+            dist::destroy_process_group().unwrap();
+        });
+    }
+}
+
+/// Says that this process is a rank of a world whose ranks are to fail.
+const FAILING_WORLD: &str = "DDP_TEST_FAILING_WORLD";
+const PATIENCE: &str = "DDP_TEST_PATIENCE";
+const SIZE: usize = 4;
+
+/// A rank's life: trains without end; says `training` after some steps, and at its end how it ended.
+fn be_a_rank() -> ! {
+    let seconds = std::env::var(PATIENCE).unwrap().parse().unwrap();
+    let options = dist::InitOptions::new().timeout(Duration::from_secs(seconds));
+    let life = || -> dist::Result<()> {
+        let group = dist::init_process_group("native", options)?;
+        let vs = nn::VarStore::new(Device::Cpu);
+        let ddp = DistributedDataParallel::new(Net::new(&vs), &vs, &group, DdpOptions::new())?;
+        for step in 0.. {
+            let (input, target) = batch(step % 100, 8, Kind::Float);
+            ddp.backward(&(ddp.forward(&input)? - target).square().mean(Kind::Float))?;
+            if step == 20 {
+                println!("training");
+            }
+        }
+        Ok(())
+    };
+    println!("ended: {:?}", life().unwrap_err());
+    std::process::exit(0);
+}
+
+/// Ranks of one world, ended when this is dropped.
+struct World(Vec<Option<Child>>);
+
+impl World {
+    /// Starts `ranks`; each is this test again.
+    fn start(test: &str, ranks: std::ops::Range<usize>, patience: u64) -> Self {
+        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let start = |rank: usize| {
+            let child = Command::new(std::env::current_exe().unwrap())
+                .args([test, "--exact", "--nocapture", "--test-threads=1"])
+                .env(FAILING_WORLD, "1")
+                .env(PATIENCE, patience.to_string())
+                .env("RANK", rank.to_string())
+                .env("LOCAL_RANK", rank.to_string())
+                .env("WORLD_SIZE", SIZE.to_string())
+                .env("MASTER_ADDR", "127.0.0.1")
+                .env("MASTER_PORT", port.to_string())
+                .env("OMP_NUM_THREADS", "1")
+                .stdout(Stdio::piped())
+                .stderr(Stdio::null())
+                .spawn();
+            Some(child.unwrap())
+        };
+        Self(ranks.map(start).collect())
+    }
+
+    /// Waits until a rank has trained a little.
+    fn until_training(&mut self, rank: usize) {
+        let stdout = self.0[rank].as_mut().unwrap().stdout.as_mut().unwrap();
+        let mut line = String::new();
+        let mut reader = BufReader::with_capacity(1, stdout);
+        while !line.contains("training") {
+            line.clear();
+            assert_ne!(reader.read_line(&mut line).unwrap(), 0, "rank {rank} did not come to train");
+        }
+    }
+
+    /// Waits for a rank's end, until the deadline at most; gives what it said of it.
+    fn end_of(&mut self, rank: usize, deadline: Instant) -> String {
+        let mut child = self.0[rank].take().unwrap();
+        while child.try_wait().unwrap().is_none() {
+            if Instant::now() > deadline {
+                let _ = child.kill();
+                let _ = child.wait();
+                panic!("rank {rank} had not ended at the deadline");
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let mut said = String::new();
+        child.stdout.take().unwrap().read_to_string(&mut said).unwrap();
+        said
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        for child in self.0.iter_mut().flatten() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+#[test]
+fn killing_any_rank_in_training_ends_all_others_within_two_seconds_with_its_number() {
+    if std::env::var_os(FAILING_WORLD).is_some() {
+        be_a_rank();
+    }
+    let test = "processes::killing_any_rank_in_training_ends_all_others_within_two_seconds_with_its_number";
+    for victim in 0..SIZE {
+        let mut world = World::start(test, 0..SIZE, 60);
+        (0..SIZE).for_each(|rank| world.until_training(rank));
+        let mut killed = world.0[victim].take().unwrap();
+        killed.kill().unwrap();
+        let deadline = Instant::now() + Duration::from_secs(2);
+        killed.wait().unwrap();
+        for rank in (0..SIZE).filter(|&rank| rank != victim) {
+            let said = world.end_of(rank, deadline);
+            assert!(said.contains(&format!("PeerLost {{ rank: {victim},")), "rank {rank} said {said:?}");
+        }
+    }
+}
+
+#[test]
+fn a_rank_that_never_comes_is_named() {
+    if std::env::var_os(FAILING_WORLD).is_some() {
+        be_a_rank();
+    }
+    let mut world = World::start("processes::a_rank_that_never_comes_is_named", 0..SIZE - 1, 3);
+    let deadline = Instant::now() + Duration::from_secs(60);
+    for rank in 0..SIZE - 1 {
+        let said = world.end_of(rank, deadline);
+        assert!(said.contains("rank 3") || said.contains("missing: [3]"), "rank {rank} said {said:?}");
+    }
+}
+
+#[test]
+fn a_rank_that_stops_stepping_is_a_timeout_that_names_it() {
+    let options = dist::InitOptions::new().timeout(Duration::from_secs(60));
+    dist::testing::run_threads_on("native", options, 3, |group| {
+        let vs = nn::VarStore::new(Device::Cpu);
+        let hurried = group.with_timeout(Duration::from_secs(1));
+        let ddp = DistributedDataParallel::new(Net::new(&vs), &vs, &hurried, DdpOptions::new()).unwrap();
+        let step = || {
+            let (input, target) = batch(0, 8, Kind::Float);
+            ddp.backward(&(ddp.forward(&input)? - target).square().mean(Kind::Float))
+        };
+        step().unwrap();
+        if group.rank() == 1 {
+            // Does something else, until the others have given up.
+            std::thread::sleep(Duration::from_secs(3));
+            assert!(step().is_err());
+            return;
+        }
+        match step().unwrap_err() {
+            dist::Error::Timeout { missing, .. } => assert_eq!(missing, [1]),
+            dist::Error::Poisoned { cause } => assert!(matches!(*cause, dist::Error::Timeout { .. })),
+            other => panic!("{other}"),
+        }
+    });
+}

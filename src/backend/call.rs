@@ -186,15 +186,14 @@ impl<'a> Buffer<'a> {
             Holder::Borrowed(t) => t,
             Holder::Owned(t) => t,
         };
-        let flat = whole.detach().view([-1]);
-        if self.numel == whole.numel() {
-            return flat;
-        }
-        let start = match self.numel {
-            0 => 0,
-            _ => (self.data as usize - flat.data_ptr() as usize) / (self.bytes / self.numel),
+        // Not a view: where a dimension has one element its stride may be anything.
+        let whole = whole.detach();
+        let start = match (self.numel, whole.numel()) {
+            (0, _) | (_, 0) => 0,
+            _ => (self.data as usize - whole.data_ptr() as usize) / (self.bytes / self.numel),
         };
-        flat.narrow(0, start as i64, self.numel as i64)
+        let offset = if whole.numel() == 0 { None } else { Some(whole.storage_offset() + start as i64) };
+        whole.as_strided([self.numel as i64], [1], offset)
     }
 
     /// The same buffer, holding its tensor.

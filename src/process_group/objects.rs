@@ -174,29 +174,36 @@ impl ProcessGroup {
     ) -> Result<T> {
         self.inner.usable()?;
         self.check_rank(src)?;
-        let mut head = self.room(HEADER as i64, Kind::Int64)?;
+        // Not every engine can scatter parts of different sizes: all are as long as the longest.
+        let mut heads = self.room(2 * HEADER as i64, Kind::Int64)?;
         if self.rank() == src {
             let objects = objects.ok_or_else(|| {
                 Error::invalid("objects", format!("rank {src} is the source and gave None"))
             })?;
             super::checks::one_per_rank("objects", objects.len(), self.size())?;
-            let encoded = objects.iter().map(encode).collect::<Result<Vec<_>>>()?;
+            let mut encoded = objects.iter().map(encode).collect::<Result<Vec<_>>>()?;
+            let mine = encoded[src].clone();
+            let longest = encoded.iter().map(Vec::len).max().unwrap_or(0);
             let device = self.object_device();
-            let heads = encoded
+            let lists = encoded
                 .iter()
-                .map(|bytes| Tensor::from_slice(&header(bytes.len())).f_to_device(device))
+                .map(|bytes| {
+                    Tensor::from_slice(&[header(bytes.len()), header(longest)].concat()).f_to_device(device)
+                })
                 .collect::<Result<Vec<_>, _>>()?;
-            self.scatter(&mut head, Some(&heads), src)?;
+            self.scatter(&mut heads, Some(&lists), src)?;
+            encoded.iter_mut().for_each(|bytes| bytes.resize(longest, 0));
             let tensors = encoded.iter().map(|bytes| self.bytes(bytes)).collect::<Result<Vec<_>>>()?;
-            let mut mine = self.room(encoded[src].len() as i64, Kind::Uint8)?;
-            self.scatter(&mut mine, Some(&tensors), src)?;
-            return decode(&encoded[src], src);
+            self.scatter(&mut self.room(longest as i64, Kind::Uint8)?, Some(&tensors), src)?;
+            return decode(&mine, src);
         }
-        self.scatter(&mut head, None, src)?;
-        let length = length(&Vec::<i64>::try_from(head)?, src)?;
-        let mut mine = self.room(length, Kind::Uint8)?;
-        self.scatter(&mut mine, None, src)?;
-        decode(&Vec::<u8>::try_from(mine)?, src)
+        self.scatter(&mut heads, None, src)?;
+        let heads = Vec::<i64>::try_from(heads)?;
+        let (own, longest) = (length(&heads[..HEADER], src)?, length(&heads[HEADER..], src)?);
+        let mut bytes = self.room(longest, Kind::Uint8)?;
+        self.scatter(&mut bytes, None, src)?;
+        let bytes = Vec::<u8>::try_from(bytes)?;
+        decode(bytes.get(..own as usize).unwrap_or(&bytes), src)
     }
 
     /// Sends an object to rank `dst`.

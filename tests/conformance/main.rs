@@ -14,6 +14,7 @@ mod whole;
 use suite::suites;
 
 suites! {
-    native: "native", threads [1, 2, 3, 4, 5, 8], processes [2, 3], failures true;
+    native: "native", threads [1, 2, 3, 4, 5, 8], processes [1, 2, 3, 4], failures true;
+    gloo: "gloo", threads [2, 3], processes [2], failures false;
     plain: "plain", threads [1, 2, 3], processes [2], failures false;
 }

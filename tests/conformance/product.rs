@@ -200,6 +200,19 @@ fn place(elements: &Tensor, layout: Layout) -> Placed {
     Placed { base, view }
 }
 
+/// What a backend promises beside right results.
+struct Promises {
+    /// Every operation on every kind; others may refuse some, by name.
+    complete: bool,
+    /// Asynchronous calls end in the order in which they began.
+    ordered: bool,
+}
+
+fn promises(group: &ProcessGroup) -> Promises {
+    let own = group.backend_name() != "gloo";
+    Promises { complete: own, ordered: own }
+}
+
 /// What one rank knows while it runs a case.
 struct Setting<'a> {
     group: &'a ProcessGroup,
@@ -211,8 +224,15 @@ struct Setting<'a> {
 /// Runs a case on this rank: what went wrong, if anything did. `Err` is a failure that leaves the
 /// group unusable.
 pub fn run(case: Case, group: &ProcessGroup) -> Result<std::result::Result<(), String>> {
+    let backend = promises(group);
     let setting = Setting { group, case, rank: group.rank() as i64, size: group.size() as i64 };
     let outcome = setting.run();
+    if let Err(Error::Unsupported { what, .. }) = &outcome
+        && !backend.complete
+        && what.contains(&format!("{:?}", case.kind))
+    {
+        return Ok(Ok(()));
+    }
     if let Some(op) = case.op
         && !model::means_something(op, case.kind)
     {
@@ -272,8 +292,17 @@ impl Setting<'_> {
     /// Every element where it should be, and nothing else touched.
     fn check(&self, what: &str, placed: &Placed, expected: &Tensor) -> std::result::Result<(), String> {
         let wanted = self.place(expected);
-        if same(&placed.base, &wanted.base) {
-            return Ok(());
+        let mut patience =
+            if self.case.form == Form::Dropped && !promises(self.group).ordered { 500 } else { 0 };
+        loop {
+            if same(&placed.base, &wanted.base) {
+                return Ok(());
+            }
+            if patience == 0 {
+                break;
+            }
+            patience -= 1;
+            std::thread::sleep(std::time::Duration::from_millis(10));
         }
         Err(format!(
             "rank {}: {what} is {} instead of {}",
@@ -414,11 +443,13 @@ impl Setting<'_> {
                 self.check_all("an output", &outs, &theirs)
             }
             Collective::Scatter => {
-                let parts: Vec<Tensor> = ranks.map(|r| self.values(&self.shape(r), r + 50)).collect();
+                // Gloo scatters equal parts only.
+                let more = |r: i64| if promises(group).complete { r } else { 0 };
+                let parts: Vec<Tensor> = ranks.map(|r| self.values(&self.shape(more(r)), r + 50)).collect();
                 let inputs: Vec<Placed> = parts.iter().map(|t| self.place(t)).collect();
                 let inputs = list(&inputs);
                 let inputs = (me == root).then_some(&inputs[..]);
-                let out = self.room(&self.shape(me));
+                let out = self.room(&self.shape(more(me)));
                 let mut output = out.view.shallow_clone();
                 let src = root as usize;
                 self.call(

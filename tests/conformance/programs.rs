@@ -230,14 +230,19 @@ fn right(group: &ProcessGroup, program: &[Line]) -> bool {
 }
 
 /// The same programs in every process.
-fn runner(programs: u32) -> TestRunner {
-    let config = Config { cases: programs, failure_persistence: None, ..Config::default() };
+fn runner(programs: u32, shrink: bool) -> TestRunner {
+    let config = Config {
+        cases: programs,
+        failure_persistence: None,
+        max_shrink_iters: if shrink { 200 } else { 0 },
+        ..Config::default()
+    };
     TestRunner::new_with_rng(config, TestRng::deterministic_rng(RngAlgorithm::ChaCha))
 }
 
 /// Runs so many random programs, each in a world of this size.
 pub fn run(backend: &str, size: usize, programs: u32) {
-    let outcome = runner(programs).run(&lines(), |program| {
+    let outcome = runner(programs, true).run(&lines(), |program| {
         let right = world(backend, size, |group| right(&group, &program));
         prop_assert!(right.iter().all(|&r| r), "right on ranks: {:?}", right);
         Ok(())
@@ -248,7 +253,7 @@ pub fn run(backend: &str, size: usize, programs: u32) {
 /// Runs so many random programs on a group; every rank sees every rank's verdict, so that all go on with
 /// the same program.
 pub fn run_on(group: &ProcessGroup, programs: u32) {
-    let outcome = runner(programs).run(&lines(), |program| {
+    let outcome = runner(programs, false).run(&lines(), |program| {
         let right = group.all_gather_object(&right(group, &program)).unwrap();
         prop_assert!(right.iter().all(|&r| r), "right on ranks: {:?}", right);
         Ok(())

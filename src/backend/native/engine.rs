@@ -41,6 +41,8 @@ pub(crate) struct Engine {
     /// What the progress engine runs.
     active: Mutex<Option<Active>>,
     failure: Mutex<Option<Failure>>,
+    /// Whether a call on this rank has ended with the failure, or it was this rank's wish.
+    told: AtomicBool,
     /// Whether the progress engine has this group on its list.
     enlisted: AtomicBool,
     /// Point-to-point messages may be pending.
@@ -141,6 +143,7 @@ impl Engine {
             queue: Mutex::default(),
             active: Mutex::new(None),
             failure: Mutex::new(None),
+            told: AtomicBool::new(false),
             enlisted: AtomicBool::new(false),
             transfers: AtomicBool::new(false),
             look: Mutex::new(None),
@@ -175,6 +178,7 @@ impl Engine {
     /// Why nothing can be called: the failure, or that the group is closed.
     fn refusal(&self) -> Option<Error> {
         if self.flag(FAILED) {
+            self.told.store(true, Ordering::SeqCst);
             let failure = self.failure.lock();
             return failure.as_ref().map(|f| Error::Poisoned { cause: f.error.clone() });
         }
@@ -235,6 +239,7 @@ impl Engine {
                 let mut diagnosis = Diagnosis::new(self, error, stamp, entered);
                 loop {
                     if let Some(error) = diagnosis.advance(self) {
+                        self.told.store(true, Ordering::SeqCst);
                         return Err(error);
                     }
                     std::thread::sleep(Duration::from_millis(1));
@@ -334,8 +339,12 @@ impl Engine {
         self.transport.fail();
         let pending = std::mem::take(&mut self.queue.lock().pending);
         for pending in pending {
+            self.told.store(true, Ordering::SeqCst);
             let error = self.failed(Some(pending.stamp)).unwrap_or(Error::Aborted);
             pending.done.complete(Err(error));
+        }
+        if self.control.pending() > 0 {
+            self.told.store(true, Ordering::SeqCst);
         }
         self.control.fail_transfers(&error);
         progress::nudge();
@@ -364,6 +373,7 @@ impl Engine {
     }
 
     pub(crate) fn abort(&self, cause: &Arc<Error>) {
+        self.told.store(true, Ordering::SeqCst);
         self.fail(Cause::of(cause, self.rank), Some(cause.clone()));
     }
 
@@ -378,6 +388,10 @@ impl Engine {
     }
 
     fn leave(&self, entered: Instant, deadline: Instant) -> Result<()> {
+        if self.flag(FAILED) && !self.told.swap(true, Ordering::SeqCst) {
+            // Nobody here has heard of it yet.
+            return Err(self.failed(None).unwrap_or(Error::Aborted));
+        }
         if self.flag(FAILED | CLOSED) {
             return Ok(());
         }
@@ -544,8 +558,9 @@ impl Task for Engine {
                     moved = true;
                     if let Some(Active { done, run, stamp, .. }) = active.take() {
                         drop(run);
-                        if result.is_ok() {
-                            self.ledger.complete(stamp.seq);
+                        match result {
+                            Ok(()) => self.ledger.complete(stamp.seq),
+                            Err(_) => self.told.store(true, Ordering::SeqCst),
                         }
                         self.queue.lock().taken = false;
                         done.complete(result.map(|()| Receipt::default()));

@@ -47,6 +47,8 @@ static PROGRESS: OnceCell<&'static Progress> = OnceCell::new();
 
 /// How long the thread looks around before it sleeps, where a collective is under way.
 const SPIN: Duration = Duration::from_micros(30);
+/// How often a busy thread tries descriptors that it does not sleep on.
+const LOOK: Duration = Duration::from_micros(50);
 /// How long it naps where there is nothing to sleep on.
 const NAP: Duration = Duration::from_micros(100);
 /// How long it sleeps at most.
@@ -90,10 +92,16 @@ impl Progress {
     fn run(&self) {
         let mut tasks: Vec<Arc<dyn Task>> = Vec::new();
         let mut idle_since: Option<Instant> = None;
-        // Tasks whose descriptors may be ready; all of them where unknown.
+        // Tasks whose descriptors are ready, after a sleep.
         let mut ready: Vec<bool> = Vec::new();
+        let mut looked = Instant::now();
         loop {
-            let (moved, until) = self.pass(&mut tasks, &ready);
+            // While there is no time to sleep, every descriptor is looked at now and then.
+            let look = looked.elapsed() > LOOK;
+            if look {
+                looked = Instant::now();
+            }
+            let (moved, until) = self.pass(&mut tasks, &ready, look);
             ready.clear();
             if moved {
                 idle_since = None;
@@ -107,9 +115,10 @@ impl Progress {
             }
             // Whoever signals from here on sees the flag; what was signalled before, this pass sees.
             ASLEEP.store(true, Ordering::SeqCst);
-            let (moved, until) = self.pass(&mut tasks, &ready);
+            let (moved, until) = self.pass(&mut tasks, &ready, false);
             if !moved {
                 self.sleep(&tasks, until, &mut ready);
+                looked = Instant::now();
             }
             ASLEEP.store(false, Ordering::SeqCst);
             idle_since = None;
@@ -117,13 +126,14 @@ impl Progress {
     }
 
     /// Gives every task a turn: whether something moved, and the earliest time to look again.
-    fn pass(&self, tasks: &mut Vec<Arc<dyn Task>>, ready: &[bool]) -> (bool, Option<Instant>) {
+    /// `ready`: whose descriptors are ready, where that is known; `look`: whether to try them all.
+    fn pass(&self, tasks: &mut Vec<Arc<dyn Task>>, ready: &[bool], look: bool) -> (bool, Option<Instant>) {
         let known = tasks.len();
         tasks.append(&mut self.arrivals.lock());
         let (mut moved, mut until) = (false, None::<Instant>);
         let mut at = 0;
         tasks.retain(|task| {
-            let ready = at >= known || ready.get(at).copied().unwrap_or(true);
+            let ready = look || at >= known || ready.get(at).copied().unwrap_or(false);
             at += 1;
             match task.advance(ready) {
                 Turn::Moved => moved = true,

@@ -20,8 +20,10 @@ macro_rules! on_every_transport {
 
 mod agreement;
 mod failures;
+mod groups;
 mod messages;
 mod operations;
+mod processes;
 
 use std::cell::Cell;
 use std::sync::Arc;
@@ -153,6 +155,18 @@ impl Rank {
     }
 }
 
+/// What a factory is told about a group.
+pub(super) fn context(store: Arc<dyn Store>, rank: usize, world: usize) -> BackendContext {
+    BackendContext {
+        store,
+        rank,
+        size: world,
+        ranks: (0..world).collect(),
+        timeout: LONG,
+        group_name: "test".to_owned(),
+    }
+}
+
 /// Runs `body` on `world` rank threads with a group of their own; what each returned.
 pub(super) fn ranks<T: Send + 'static>(
     world: usize,
@@ -165,15 +179,8 @@ pub(super) fn ranks<T: Send + 'static>(
     for rank in 0..world {
         let (store, body, sender) = (store.clone(), body.clone(), sender.clone());
         std::thread::spawn(move || {
-            let context = BackendContext {
-                store,
-                rank,
-                size: world,
-                ranks: (0..world).collect(),
-                timeout: LONG,
-                group_name: "test".to_owned(),
-            };
-            let backend = create_with(context, Some(transport.to_owned())).expect("the group should come up");
+            let backend = create_with(context(store, rank, world), Some(transport.to_owned()))
+                .expect("the group should come up");
             let result = body(Rank { backend, rank, world });
             let _ = sender.send((rank, result));
         });

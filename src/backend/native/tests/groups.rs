@@ -1,0 +1,208 @@
+//! Several groups at once, and setting a group up: late ranks, strangers, other settings.
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixStream};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tch::{Device, Kind, Tensor};
+
+use super::{Rank, TRANSPORT, context, none, ranks, segments};
+use crate::backend::native::create_with;
+use crate::backend::{CollectiveBackend, Op};
+use crate::store::{HashStore, PrefixStore, Store};
+use crate::{Error, ReduceOp, Result};
+
+fn make(
+    store: &Arc<dyn Store>,
+    rank: usize,
+    world: usize,
+    transport: &str,
+) -> Result<Arc<dyn CollectiveBackend>> {
+    create_with(context(store.clone(), rank, world), Some(transport.to_owned()))
+}
+
+fn asynchronous_calls_on_two_groups_may_come_in_different_orders() {
+    let store: Arc<dyn Store> = Arc::new(HashStore::new());
+    let transport = TRANSPORT.get();
+    ranks(3, move |rank| {
+        let group = |name: &str| {
+            let store: Arc<dyn Store> = Arc::new(PrefixStore::new(name, store.clone()));
+            let backend = make(&store, rank.rank, rank.world, transport).unwrap();
+            Rank { backend, rank: rank.rank, world: rank.world }
+        };
+        let groups = [group("a"), group("b")];
+        for _ in 0..50 {
+            let tensors = [
+                Tensor::ones([5], (Kind::Float, Device::Cpu)),
+                Tensor::ones([70_000], (Kind::Float, Device::Cpu)),
+            ];
+            let order = if rank.rank == 1 { [1, 0] } else { [0, 1] };
+            let pending = order.map(|g| {
+                let outputs = segments(&[tensors[g].shallow_clone()]);
+                groups[g].submit(Rank::call(Op::AllReduce(ReduceOp::Sum), Kind::Float, none(), outputs))
+            });
+            pending.into_iter().for_each(|p| drop(p.wait().unwrap()));
+            for tensor in tensors {
+                assert_eq!(tensor, tensor.full_like(3));
+            }
+        }
+        groups.iter().for_each(|g| g.shutdown().unwrap());
+    });
+}
+
+fn groups_come_and_go_without_leaving_descriptors() {
+    let store: Arc<dyn Store> = Arc::new(HashStore::new());
+    let transport = TRANSPORT.get();
+    let open = || std::fs::read_dir("/proc/self/fd").unwrap().count();
+    let round = |n: usize| {
+        let store: Arc<dyn Store> = Arc::new(PrefixStore::new(format!("round{n}"), store.clone()));
+        ranks(2, move |rank| {
+            let backend = make(&store, rank.rank, rank.world, transport).unwrap();
+            let group = Rank { backend, rank: rank.rank, world: rank.world };
+            group.barrier().unwrap();
+            group.shutdown().unwrap();
+            rank.shutdown().unwrap();
+        });
+    };
+    round(0);
+    let before = open();
+    for n in 1..=40 {
+        round(n);
+    }
+    // Other tests open and close theirs meanwhile, and the last words of a group may take a moment: a
+    // leak would be of 4 at least for each of the 40 rounds.
+    let limit = Instant::now() + Duration::from_secs(20);
+    while open() > before + 100 {
+        assert!(Instant::now() < limit, "{before} descriptors before, {} after", open());
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+on_every_transport! {
+    asynchronous_calls_on_two_groups_may_come_in_different_orders,
+    groups_come_and_go_without_leaving_descriptors,
+}
+
+#[test]
+fn a_rank_that_does_not_come_is_named_when_the_group_is_set_up() {
+    let store: Arc<dyn Store> = Arc::new(HashStore::new());
+    let mut context = context(store, 0, 3);
+    context.timeout = Duration::from_millis(300);
+    let error = create_with(context, None).err().unwrap();
+    assert!(matches!(&error, Error::Timeout { missing, .. } if *missing == [1, 2]), "{error}");
+}
+
+#[test]
+fn ranks_that_force_different_transports_are_told() {
+    let store: Arc<dyn Store> = Arc::new(HashStore::new());
+    let other = store.clone();
+    let rank = std::thread::spawn(move || make(&other, 1, 2, "tcp").err().unwrap().to_string());
+    let errors = [make(&store, 0, 2, "unix").err().unwrap().to_string(), rank.join().unwrap()];
+    for error in errors {
+        assert!(error.contains("TCH_DISTRIBUTED_TRANSPORT"), "{error}");
+    }
+}
+
+/// Connects to the address that rank 0 has published, as soon as it has.
+fn call_rank_0(store: &Arc<dyn Store>, transport: &str) -> Box<dyn ReadWrite> {
+    let topic = if transport == "unix" { "local" } else { "address" };
+    let key = format!("native/{topic}/0");
+    store.wait(&[&key], Duration::from_secs(20)).unwrap();
+    let bytes = store.get(&key).unwrap();
+    if transport == "unix" {
+        // A tag and a length, then the name.
+        let name = &bytes[2..];
+        return Box::new(UnixStream::connect_addr(&SocketAddr::from_abstract_name(name).unwrap()).unwrap());
+    }
+    // Tags, four bytes of address, and the port as a varint.
+    let port = bytes[6..].iter().enumerate().fold(0u16, |p, (n, b)| p | u16::from(b & 0x7f) << (7 * n));
+    Box::new(TcpStream::connect(("127.0.0.1", port)).unwrap())
+}
+
+trait ReadWrite: Read + Write + Send {}
+impl<T: Read + Write + Send> ReadWrite for T {}
+
+#[test]
+fn strangers_at_the_address_are_turned_away_and_do_no_harm() {
+    for transport in ["tcp", "unix"] {
+        let store: Arc<dyn Store> = Arc::new(HashStore::new());
+        let first = {
+            let store = store.clone();
+            std::thread::spawn(move || make(&store, 0, 2, transport))
+        };
+        // Rank 1 says hello, so that rank 0 goes on to listen, but calls late.
+        let second = {
+            let late: Arc<dyn Store> = Arc::new(Late(store.clone()));
+            std::thread::spawn(move || make(&late, 1, 2, transport))
+        };
+        let mut garbage = call_rank_0(&store, transport);
+        let mut silent = call_rank_0(&store, transport);
+        drop(call_rank_0(&store, transport));
+        garbage
+            .write_all(b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n and much more than any hello is long")
+            .unwrap();
+        // It is closed on, by a reset or an end.
+        assert!(matches!(garbage.read(&mut [0; 64]), Ok(0) | Err(_)));
+        let groups = [first, second].map(|rank| rank.join().unwrap().unwrap());
+        let ranks: Vec<_> = groups
+            .into_iter()
+            .enumerate()
+            .map(|(rank, backend)| {
+                std::thread::spawn(move || {
+                    let rank = Rank { backend, rank, world: 2 };
+                    rank.barrier().unwrap();
+                    rank.shutdown().unwrap();
+                })
+            })
+            .collect();
+        ranks.into_iter().for_each(|rank| rank.join().unwrap());
+        // Who said nothing was kept no longer than the set-up.
+        assert!(matches!(silent.read(&mut [0; 64]), Ok(0) | Err(_)));
+    }
+}
+
+/// A store that delays what rank 1 learns of the addresses.
+struct Late(Arc<dyn Store>);
+
+impl Store for Late {
+    fn set(&self, key: &str, value: &[u8]) -> Result<()> {
+        self.0.set(key, value)
+    }
+    fn get(&self, key: &str) -> Result<Vec<u8>> {
+        self.0.get(key)
+    }
+    fn add(&self, key: &str, amount: i64) -> Result<i64> {
+        self.0.add(key, amount)
+    }
+    fn compare_set(&self, key: &str, expected: &[u8], desired: &[u8]) -> Result<Vec<u8>> {
+        self.0.compare_set(key, expected, desired)
+    }
+    fn check(&self, keys: &[&str]) -> Result<bool> {
+        self.0.check(keys)
+    }
+    fn wait(&self, keys: &[&str], timeout: Duration) -> Result<()> {
+        self.0.wait(keys, timeout)?;
+        if !keys[0].contains("hello") {
+            std::thread::sleep(Duration::from_millis(500));
+        }
+        Ok(())
+    }
+    fn delete(&self, key: &str) -> Result<bool> {
+        self.0.delete(key)
+    }
+    fn num_keys(&self) -> Result<usize> {
+        self.0.num_keys()
+    }
+    fn append(&self, key: &str, value: &[u8]) -> Result<()> {
+        self.0.append(key, value)
+    }
+    fn timeout(&self) -> Duration {
+        self.0.timeout()
+    }
+    fn set_timeout(&self, timeout: Duration) {
+        self.0.set_timeout(timeout);
+    }
+}

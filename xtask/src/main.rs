@@ -8,6 +8,7 @@ mod cargo;
 mod ci;
 mod conformance;
 mod demo;
+mod interop;
 mod locate;
 mod pip;
 mod provision;
@@ -34,6 +35,7 @@ const COMMANDS: &[Command] = &[
     Command { name: "test", about: test::ABOUT, run: test::run },
     Command { name: "conformance", about: conformance::ABOUT, run: conformance::run },
     Command { name: "bench", about: bench::ABOUT, run: bench::run },
+    Command { name: "interop", about: interop::ABOUT, run: interop::run },
     Command { name: "ci", about: ci::ABOUT, run: ci::run },
 ];
 

@@ -39,6 +39,8 @@ pub(super) struct Combine {
     pub(super) how: C10dReduce,
     /// As what the engine sees the elements.
     seen_as: Kind,
+    /// Whether it sees a converted copy of them.
+    converts: bool,
     /// What operands are multiplied by before.
     scale: Option<f64>,
     /// What is done to the result.
@@ -59,15 +61,18 @@ pub(super) fn combine(flavor: Flavor, op: ReduceOp, kind: Kind, size: usize) -> 
     use Kind::*;
     let cannot = || Err(format!("{op} of {kind:?}"));
     let float = matches!(kind, Float | Double | Half | BFloat16);
-    let integer = matches!(kind, Int8 | Uint8 | Int | Int64);
+    let integer = matches!(kind, Int8 | Uint8 | Int16 | Int | Int64);
     let seen_as = match kind {
-        _ if float || integer => kind,
+        _ if float || integer && kind != Int16 => kind,
         Bool => Uint8,
         ComplexFloat => Float,
         ComplexDouble => Double,
+        ComplexHalf => Half,
+        // Gloo and NCCL do not know it: it travels as i32. What wraps wraps alike.
+        Int16 => Int,
         _ => return cannot(),
     };
-    let complex = seen_as != kind && kind != Bool;
+    let complex = matches!(kind, ComplexHalf | ComplexFloat | ComplexDouble);
     let (mut scale, mut factor, mut after) = (None, 0.0, After::Nothing);
     if kind == Bool {
         after = After::Truth;
@@ -104,14 +109,18 @@ pub(super) fn combine(flavor: Flavor, op: ReduceOp, kind: Kind, size: usize) -> 
         ReduceOp::BitXor if integer || kind == Bool => BIT_XOR,
         _ => return cannot(),
     };
-    Ok(Combine { how: C10dReduce { op, factor }, seen_as, scale, after })
+    let how = C10dReduce { op, factor };
+    Ok(Combine { how, seen_as, converts: kind == Int16, scale, after })
 }
 
 impl Combine {
-    /// The memory as the engine shall see it.
+    /// The elements as the engine shall see them: the memory itself, but where it must be converted.
     pub(super) fn view(&self, flat: &Tensor) -> Result<Tensor> {
         if flat.f_kind()? == self.seen_as {
             return Ok(flat.shallow_clone());
+        }
+        if self.converts || flat.numel() == 0 {
+            return Ok(flat.f_to_kind(self.seen_as)?);
         }
         Ok(flat.f_view_dtype(self.seen_as)?)
     }
@@ -129,24 +138,28 @@ impl Combine {
         Ok(())
     }
 
-    /// Finishes the result, in place.
-    pub(super) fn finish(&self, view: &mut Tensor) -> Result<()> {
+    /// Finishes the result: `view` is what [`view`](Self::view) made of `flat`.
+    pub(super) fn finish(&self, view: &mut Tensor, flat: &mut Tensor) -> Result<()> {
+        let result = if self.converts {
+            flat.f_copy_(view)?;
+            flat
+        } else {
+            view
+        };
         match self.after {
             After::Nothing => {}
             After::Divide(size) => {
-                let size = scalar(size as f64, view)?;
-                match self.seen_as {
-                    Kind::Int8 | Kind::Uint8 | Kind::Int | Kind::Int64 => {
-                        let _ = view.f_div_tensor_mode_(&size, "trunc")?;
+                let size = scalar(size as f64, result)?;
+                let _ = match result.f_kind()? {
+                    Kind::Int8 | Kind::Uint8 | Kind::Int16 | Kind::Int | Kind::Int64 => {
+                        result.f_div_tensor_mode_(&size, "trunc")?
                     }
-                    _ => {
-                        let _ = view.f_div_(&size)?;
-                    }
-                }
+                    _ => result.f_div_(&size)?,
+                };
             }
             After::Truth => {
-                let truth = view.f_to_kind(Kind::Bool)?;
-                view.f_copy_(&truth)?;
+                let truth = result.f_to_kind(Kind::Bool)?;
+                result.f_copy_(&truth)?;
             }
         }
         Ok(())

@@ -128,13 +128,13 @@ impl CollectiveBackend for Engine {
             text: String::new(),
         };
         match started {
-            Ok(Started { work, tells, finish }) => {
+            Ok(Started { work, finish }) => {
                 let keep = Box::new(move || {
                     let result = finish();
                     drop(call);
                     result.map(|()| None)
                 });
-                shared.watch(work, tells, keep, failure, site.ms, done);
+                shared.watch(work, keep, failure, site.ms, done);
             }
             Err(Refusal::Error(error)) => done.complete(Err(error)),
             Err(Refusal::Told(text)) => shared.failed(Failure { text, ..failure }, done),
@@ -215,7 +215,6 @@ impl Shared {
     fn watch(
         self: &Arc<Self>,
         work: C10dWork,
-        tells: bool,
         keep: KeepUntilEnd,
         failure: Failure,
         ms: i64,
@@ -228,7 +227,6 @@ impl Shared {
             shared.ended(result, keep, Failure { elapsed: start.elapsed(), ..failure }, done);
         };
         match self.flavor {
-            Flavor::Gloo if !tells => waiters::run(move || end(work.wait(ms))),
             Flavor::Gloo => match work.tell(end) {
                 Ok(true) => {}
                 // The end was dropped, and the completion with it: it says `Aborted`.
@@ -478,7 +476,7 @@ impl Shared {
                     drop(keep);
                     Ok(None)
                 });
-                self.watch(work, true, keep, failure, ms, all);
+                self.watch(work, keep, failure, ms, all);
             }
             Err(text) => self.failed(Failure { text, ..failure }, all),
         }

@@ -14,9 +14,6 @@ pub(super) type Finish = Box<dyn FnOnce() -> Result<()> + Send>;
 /// An operation under way. The tensors it works on are kept by `finish`.
 pub(super) struct Started {
     pub(super) work: C10dWork,
-    /// Whether the engine tells of the end. Gloo's reduce-scatter can only be waited for: it has more to
-    /// do then.
-    pub(super) tells: bool,
     pub(super) finish: Finish,
 }
 
@@ -71,7 +68,7 @@ impl Site<'_> {
                     _ => None,
                 };
                 let work = told(self.backend.barrier(cuda, self.ms))?;
-                Ok(Started { work, tells: true, finish: Box::new(|| Ok(())) })
+                Ok(Started { work, finish: Box::new(|| Ok(())) })
             }
         }
     }
@@ -98,15 +95,15 @@ impl Site<'_> {
 
     fn all_reduce(&self, call: &Call<'_>, op: ReduceOp) -> Result<Started, Refusal> {
         let combine = self.combine(op, call.kind)?;
-        let out = Written::new(&call.outputs[0], true, call.kind, self.device)?;
+        let mut out = Written::new(&call.outputs[0], true, call.kind, self.device)?;
         let mut view = combine.view(&out.flat)?;
         combine.prepare(&mut view)?;
         let work = told(self.backend.all_reduce(&view, combine.how, self.ms))?;
         let finish = Box::new(move || {
-            combine.finish(&mut view)?;
+            combine.finish(&mut view, &mut out.flat)?;
             out.deliver()
         });
-        Ok(Started { work, tells: true, finish })
+        Ok(Started { work, finish })
     }
 
     fn reduce(&self, call: &Call<'_>, op: ReduceOp, dst: usize) -> Result<Started, Refusal> {
@@ -127,10 +124,10 @@ impl Site<'_> {
                 drop(view);
                 return Ok(());
             };
-            combine.finish(&mut view)?;
+            combine.finish(&mut view, &mut scratch)?;
             out.deliver()
         });
-        Ok(Started { work, tells: true, finish })
+        Ok(Started { work, finish })
     }
 
     fn broadcast(&self, call: &Call<'_>, src: usize) -> Result<Started, Refusal> {
@@ -138,7 +135,7 @@ impl Site<'_> {
         let out = Written::new(&call.outputs[0], root, call.kind, self.device)?;
         let work = told(self.backend.broadcast(&bytes(&out.flat)?, src, self.ms))?;
         let finish = Box::new(move || if root { Ok(()) } else { out.deliver() });
-        Ok(Started { work, tells: true, finish })
+        Ok(Started { work, finish })
     }
 
     fn all_gather(&self, call: &Call<'_>) -> Result<Started, Refusal> {
@@ -148,7 +145,6 @@ impl Site<'_> {
         let work = told(self.backend.all_gather(&gathered.places()?, &input, self.ms))?;
         Ok(Started {
             work,
-            tells: true,
             finish: Box::new(move || {
                 drop(input);
                 gathered.deliver()
@@ -165,7 +161,6 @@ impl Site<'_> {
             let work = told(self.backend.gather(&[], &input, dst, self.ms))?;
             return Ok(Started {
                 work,
-                tells: true,
                 finish: Box::new(move || {
                     drop(input);
                     Ok(())
@@ -180,7 +175,6 @@ impl Site<'_> {
         let work = told(self.backend.gather(&gathered.places()?, &input, dst, self.ms))?;
         Ok(Started {
             work,
-            tells: true,
             finish: Box::new(move || {
                 drop(input);
                 gathered.deliver()
@@ -205,39 +199,69 @@ impl Site<'_> {
             drop(inputs);
             out.deliver()
         });
-        Ok(Started { work, tells: true, finish })
+        Ok(Started { work, finish })
     }
 
     fn reduce_scatter(&self, call: &Call<'_>, op: ReduceOp) -> Result<Started, Refusal> {
         let combine = self.combine(op, call.kind)?;
-        let most = call.inputs.iter().map(|segment| segment_numel(segment)).max().unwrap_or(0);
-        let out = self.write(call, 0)?;
-        let fits = call.inputs.iter().all(|segment| segment_numel(segment) == most);
-        let mut parts = Vec::with_capacity(self.size);
-        for index in 0..self.size {
-            let part = self.read(call, index)?;
-            parts.push(if fits { part } else { padded(&part, most)? });
+        let sizes: Vec<usize> = call.inputs.iter().map(|segment| segment_numel(segment)).collect();
+        let parts = (0..self.size).map(|i| self.read(call, i)).collect::<Result<Vec<_>>>()?;
+        if self.flavor == Flavor::Gloo {
+            return self.reduce_and_keep(call, combine, &parts, &sizes);
         }
-        let input = match &parts[..] {
-            [one] if combine.prepares() => padded(one, most)?,
-            [one] => one.shallow_clone(),
-            many => Tensor::f_cat(many, 0)?,
+        let most = sizes.iter().copied().max().unwrap_or(0);
+        let fits = sizes.iter().all(|size| *size == most);
+        let parts = match fits {
+            true => parts,
+            false => parts.iter().map(|part| padded(part, most)).collect::<Result<_>>()?,
         };
-        let mut input = combine.view(&input)?;
+        let out = self.write(call, 0)?;
+        let mut input = combine.view(&Tensor::f_cat(&parts, 0)?)?;
+        if combine.prepares() && self.size == 1 {
+            input = padded(&input, input.numel())?;
+        }
         combine.prepare(&mut input)?;
-        let result = if fits { out.flat.shallow_clone() } else { self.empty(most, call.kind)? };
+        let mut result = if fits { out.flat.shallow_clone() } else { self.empty(most, call.kind)? };
         let mut view = combine.view(&result)?;
         let work = told(self.backend.reduce_scatter(&view, &input, combine.how, self.ms))?;
         let finish = Box::new(move || {
             drop(input);
-            combine.finish(&mut view)?;
+            combine.finish(&mut view, &mut result)?;
             let mut out = out;
             if !fits {
                 unpad(&result, &mut out.flat)?;
             }
             out.deliver()
         });
-        Ok(Started { work, tells: false, finish })
+        Ok(Started { work, finish })
+    }
+
+    /// Gloo's own reduce-scatter is this too, but tells nobody of its end.
+    fn reduce_and_keep(
+        &self,
+        call: &Call<'_>,
+        combine: Combine,
+        parts: &[Tensor],
+        sizes: &[usize],
+    ) -> Result<Started, Refusal> {
+        let mut out = self.write(call, 0)?;
+        let mut all = self.empty(sizes.iter().sum(), call.kind)?;
+        let mut start = 0;
+        for (part, size) in parts.iter().zip(sizes) {
+            all.f_narrow(0, start, *size as i64)?.f_copy_(part)?;
+            start += *size as i64;
+        }
+        let mut view = combine.view(&all)?;
+        combine.prepare(&mut view)?;
+        let work = told(self.backend.all_reduce(&view, combine.how, self.ms))?;
+        let start: usize = sizes[..self.rank].iter().sum();
+        let finish = Box::new(move || {
+            combine.finish(&mut view, &mut all)?;
+            let numel = out.flat.numel() as i64;
+            out.flat.f_copy_(&all.f_narrow(0, start as i64, numel)?)?;
+            out.deliver()
+        });
+        Ok(Started { work, finish })
     }
 
     fn all_to_all(&self, call: &Call<'_>) -> Result<Started, Refusal> {
@@ -266,7 +290,7 @@ impl Site<'_> {
             }
             Ok(())
         });
-        Ok(Started { work, tells: true, finish })
+        Ok(Started { work, finish })
     }
 }
 

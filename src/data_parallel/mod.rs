@@ -32,6 +32,7 @@ mod layout;
 mod options;
 mod reducer;
 mod sampler;
+mod state;
 mod step;
 mod unused;
 mod verify;

@@ -14,88 +14,17 @@ use super::DdpOptions;
 use super::buckets::{self, Item, Plan};
 use super::hooks::{CommHook, GradBucket};
 use super::layout::{Member, Role};
+use super::state::{Parameter, State};
 use super::step::{Step, Substitute};
 use super::unused::{Flags, Report, explain};
 use crate::autograd::{self, HookHandle};
 use crate::process_group::ProcessGroup;
 use crate::{Error, ReduceOp, Result};
 
-const MIB: f64 = 1_048_576.0;
-
-/// A parameter whose gradient is averaged.
-struct Parameter {
-    name: String,
-    tensor: Tensor,
-    item: Item,
-}
-
 pub(super) struct Reducer {
     group: ProcessGroup,
     options: DdpOptions,
     state: Mutex<State>,
-}
-
-/// Everything that holds tensors: they may change threads, but not be seen by two at once.
-struct State {
-    parameters: Vec<Parameter>,
-    plan: Plan,
-    /// Whether the plan follows the order of a first backward, and, with a static graph, its use.
-    learned: bool,
-    /// How often each gradient arrives in a backward. 0: never, on this rank.
-    expected: Vec<u32>,
-    /// Which parameters have been used since the last exchange, under `no_sync` too.
-    used: Vec<bool>,
-    /// The flat buffer of each bucket and the part of it for each parameter, where gradients live there.
-    flats: Vec<Tensor>,
-    views: Vec<Option<Tensor>>,
-    /// The exchange under way.
-    step: Option<Step>,
-    /// Inside `no_sync`.
-    paused: bool,
-    /// Whether the last forward in training was outside of `no_sync`.
-    synced_forward: bool,
-    /// Inside `DistributedDataParallel::backward`, which ends the step itself.
-    ends_itself: bool,
-    hook: Option<Box<dyn CommHook>>,
-    /// A number that requires a gradient: what is computed from it tells whether graphs are recorded.
-    probe: Tensor,
-}
-
-impl State {
-    fn exchanges(&self) -> bool {
-        !self.paused && self.synced_forward
-    }
-
-    /// What this rank sends for a parameter: its gradient, in place, or a substitute.
-    fn contribution(&self, step: &mut Step, index: usize) -> Result<Tensor> {
-        let parameter = &self.parameters[index];
-        let gradient = parameter.tensor.grad();
-        let view = self.views.get(index).and_then(Option::as_ref);
-        let own = gradient.defined() && !gradient.is_sparse();
-        if own && self.used[index] {
-            let gradient = if gradient.requires_grad() { gradient.detach() } else { gradient };
-            let Some(view) = view else { return Ok(gradient) };
-            if gradient.data_ptr() != view.data_ptr() {
-                view.shallow_clone().f_copy_(&gradient)?;
-                autograd::set_grad(&mut parameter.tensor.shallow_clone(), Some(view))?;
-            }
-            return Ok(view.shallow_clone());
-        }
-        let mut original = None;
-        let sent = match view {
-            Some(view) if own => {
-                original = Some(gradient.f_detach_copy()?);
-                let mut view = view.shallow_clone();
-                view.f_copy_(&gradient)?;
-                view
-            }
-            Some(view) => view.shallow_clone().f_zero_()?,
-            None if own => gradient.f_detach_copy()?,
-            None => parameter.tensor.f_zeros_like()?.detach(),
-        };
-        step.substitutes.push(Substitute { index, sent: sent.shallow_clone(), original });
-        Ok(sent)
-    }
 }
 
 impl Reducer {
@@ -136,7 +65,7 @@ impl Reducer {
                 probe: Tensor::f_zeros([], (Kind::Float, Device::Cpu))?.f_requires_grad_(true)?,
             }),
         };
-        reducer.set_plan(&mut reducer.state.lock(), &buckets::reverse_order(count))?;
+        reducer.state.lock().set_plan(&buckets::reverse_order(count), options)?;
         Ok(Arc::new(reducer))
     }
 
@@ -438,47 +367,6 @@ impl Reducer {
             }
         }
         state.learned = true;
-        self.set_plan(state, &order)
+        state.set_plan(&order, &self.options)
     }
-
-    fn set_plan(&self, state: &mut State, order: &[usize]) -> Result<()> {
-        let items: Vec<Item> = state.parameters.iter().map(|parameter| parameter.item).collect();
-        let bytes = |mb: f64| (mb * MIB) as usize;
-        let plan = buckets::plan(
-            order,
-            &items,
-            bytes(self.options.first_bucket_mb),
-            bytes(self.options.bucket_cap_mb),
-        );
-        if plan == state.plan {
-            return Ok(());
-        }
-        if self.options.gradient_as_bucket_view {
-            (state.flats, state.views) = flat_buffers(&state.parameters, &plan)?;
-        }
-        state.plan = plan;
-        Ok(())
-    }
-}
-
-/// A flat buffer a bucket, and each parameter's part of it.
-fn flat_buffers(parameters: &[Parameter], plan: &Plan) -> Result<(Vec<Tensor>, Vec<Option<Tensor>>)> {
-    let mut flats = Vec::with_capacity(plan.buckets.len());
-    let mut views: Vec<Option<Tensor>> = parameters.iter().map(|_| None).collect();
-    for members in &plan.buckets {
-        let like = &parameters[members[0]].tensor;
-        let numel: usize = members.iter().map(|&m| parameters[m].tensor.numel()).sum();
-        let flat = Tensor::f_zeros([numel as i64], (like.kind(), like.device()))?;
-        let mut start = 0;
-        for &member in members {
-            let tensor = &parameters[member].tensor;
-            let numel = tensor.numel() as i64;
-            // `data`: no view to autograd, so that optimizers may detach and zero it in place.
-            let view = flat.f_narrow(0, start, numel)?.f_view(tensor.size().as_slice())?;
-            views[member] = Some(view.data());
-            start += numel;
-        }
-        flats.push(flat);
-    }
-    Ok((flats, views))
 }

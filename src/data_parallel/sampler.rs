@@ -128,7 +128,7 @@ impl DistributedSampler {
 
 /// PyTorch's permutation of `0..len` for this seed.
 fn permutation(len: usize, seed: u64) -> Vec<i64> {
-    let drawn = || Ok::<_, crate::Error>(Vec::try_from(&Generator::new(seed)?.randperm(len)?)?);
+    let drawn = || Ok::<_, Error>(Vec::try_from(&Generator::new(seed)?.randperm(len)?)?);
     // As with a `Vec` of this length, only a lack of memory can be in the way.
     drawn().expect("a permutation fits in memory")
 }

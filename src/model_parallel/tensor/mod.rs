@@ -25,7 +25,9 @@
 mod attention;
 mod column;
 mod cross_entropy;
+mod dropout;
 mod embedding;
+mod file;
 mod initial;
 mod layout;
 mod mlp;
@@ -36,6 +38,7 @@ mod split;
 pub use attention::{AttentionConfig, ParallelSelfAttention};
 pub use column::ColumnParallelLinear;
 pub use cross_entropy::{IGNORED_TARGET, vocab_parallel_cross_entropy};
+pub use dropout::ParallelDropout;
 pub use embedding::{ParallelEmbeddingConfig, VocabParallelEmbedding};
 pub use initial::LinearInit;
 pub use layout::{Layout, Shard};

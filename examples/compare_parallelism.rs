@@ -1,0 +1,299 @@
+//! Data, tensor or pipeline parallel? The same GPT on the same batches, each way, measured and predicted:
+//!
+//! ```text
+//! cargo run --release --example compare_parallelism
+//! ```
+//!
+//! prints for each way where the time of a step goes, how many bytes move and how much memory a rank needs, and draws
+//! how the step grows with workers, with the batch and with the model, beside what the formulas of
+//! [`tch_distributed::cost`] say. Each run is a world of processes of its own.
+
+#[path = "common/gpt.rs"]
+mod gpt;
+#[path = "common/plot.rs"]
+mod plot;
+
+use std::error::Error;
+use std::path::{Path, PathBuf};
+
+use clap::Parser;
+use serde::{Deserialize, Serialize};
+use tch::nn::{self, OptimizerConfig};
+use tch::{Device, Tensor};
+use tch_distributed as dist;
+use tch_distributed::cost::{Link, Parallelism, StepTime, Workload, calibrate};
+use tch_distributed::model_parallel::pipeline::{Pipeline, Schedule, Stage};
+use tch_distributed::model_parallel::tensor::Layout;
+use tch_distributed::model_parallel::{DeviceMesh, sync_gradients};
+use tch_distributed::profile::{ProfileOptions, Profiler, Report};
+
+#[derive(Clone, Debug, Parser)]
+struct Args {
+    /// The most workers; powers of two up to it are tried.
+    #[arg(long, default_value_t = 4)]
+    workers: usize,
+    /// Steps that are timed, after one that is not.
+    #[arg(long, default_value_t = 4)]
+    steps: usize,
+    #[arg(long, default_value_t = 4)]
+    layers: usize,
+    /// Only the workers' sweep.
+    #[arg(long)]
+    quick: bool,
+    #[arg(long, default_value = "target/compare_parallelism")]
+    out: PathBuf,
+}
+
+type Outcome<T = ()> = Result<T, Box<dyn Error>>;
+
+const CONTEXT: i64 = 64;
+const MICRO_BATCHES: usize = 4;
+
+/// One run.
+#[derive(Clone, Copy, Debug)]
+struct Case {
+    how: Parallelism,
+    batch: i64,
+    width: i64,
+}
+
+/// What one run showed; times are those of the slowest rank, in seconds a step.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+struct Measured {
+    step: f64,
+    compute: f64,
+    exposed: f64,
+    /// The share of the ranks' time that the pipeline's measured timeline leaves empty.
+    bubble: f64,
+    /// Bytes that one rank gives to its operations, in a step.
+    bytes: f64,
+    /// The largest resident memory of a rank, in MiB.
+    memory: f64,
+    /// Bytes of the whole model's gradients.
+    gradients: usize,
+    link: Option<(f64, f64, f64)>,
+}
+
+/// What a rank does: the model, cut as the case says, and some steps under the profiler.
+fn measure(args: &Args, case: Case, file: &Path) -> Outcome {
+    let world = dist::init_process_group("native", dist::InitOptions::new())?;
+    let Parallelism { data, tensor, pipeline, .. } = case.how;
+    let mesh = DeviceMesh::new(&world, &[("dp", data), ("pp", pipeline), ("tp", tensor)])?;
+    let [dp, pp, tp] = [mesh.group("dp")?, mesh.group("pp")?, mesh.group("tp")?];
+    let link = calibrate(&world)?.link;
+
+    let config =
+        gpt::Config { context: CONTEXT, width: case.width, layers: args.layers, ..Default::default() };
+    let vs = nn::VarStore::new(Device::Cpu);
+    let (part, _) = Layout::record(&tp, || gpt::Part::new(&vs.root(), config, pp.rank(), pipeline, &tp));
+    let part = part?;
+    let tied = part.tied();
+    let pipe =
+        Pipeline::new(vec![Stage::new(part)], MICRO_BATCHES, Schedule::OneFOneB, &pp)?.fixed_shapes(true);
+    pipe.tie(&[0, pipeline - 1], tied.as_ref())?;
+    let mut optimizer = nn::AdamW::default().build(&vs, 1e-3)?;
+    let text = gpt::Text::of_this_crate()?;
+    let rows = case.batch / data as i64;
+
+    let mut step = |number: usize| -> dist::Result<()> {
+        let (xs, targets) = text.batch(number, case.batch, CONTEXT);
+        let own = |t: &Tensor| t.narrow(0, dp.rank() as i64 * rows, rows);
+        optimizer.zero_grad();
+        pipe.step(Some(&own(&xs)), Some(&own(&targets)), |ys, ts| gpt::loss(ys, ts, &tp))?;
+        sync_gradients(&vs, &dp)?;
+        optimizer.step();
+        Ok(())
+    };
+    step(0)?;
+    world.barrier()?;
+    let profiler = Profiler::new(&world, ProfileOptions::new().enabled(true))?;
+    for number in 0..args.steps {
+        profiler.step(|| step(number))?;
+    }
+    let report = profiler.finish()?;
+    let bubble = pipe.measured()?.bubble_share();
+    let mine: i64 = vs.trainable_variables().iter().map(|t| t.numel() as i64).sum();
+    let all = world.all_gather_object(&(peak_memory()?, bubble, mine))?;
+    if let Some(report) = report.filter(|_| world.rank() == 0) {
+        let mut measured = summary(&report, args.steps);
+        measured.memory = all.iter().map(|a| a.0).fold(0.0, f64::max);
+        measured.bubble = if pipeline > 1 { all.iter().map(|a| a.1).fold(0.0, f64::max) } else { 0.0 };
+        measured.gradients = all.iter().map(|a| a.2 as usize * 4).sum::<usize>() / data;
+        measured.link = (world.size() > 1).then_some((link.latency, link.bandwidth, link.combine));
+        std::fs::write(file, serde_json::to_vec(&measured)?)?;
+    }
+    Ok(dist::destroy_process_group()?)
+}
+
+fn summary(report: &Report, steps: usize) -> Measured {
+    let slowest = |of: fn(&dist::profile::RankReport) -> f64| {
+        report.ranks.iter().map(of).fold(0.0, f64::max) / steps as f64
+    };
+    let moved: u64 = report.activities.iter().map(|a| a.bytes).sum();
+    Measured {
+        step: slowest(|r| r.wall),
+        compute: slowest(|r| r.compute),
+        exposed: slowest(|r| r.exposed),
+        bytes: moved as f64 / (report.ranks.len() * steps) as f64,
+        ..Default::default()
+    }
+}
+
+/// The most memory that this process ever had, in MiB.
+fn peak_memory() -> Outcome<f64> {
+    let status = std::fs::read_to_string("/proc/self/status")?;
+    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:")).unwrap_or("0 kB");
+    let kib: f64 = line.trim().trim_end_matches("kB").trim().parse()?;
+    Ok(kib / 1024.0)
+}
+
+/// Runs a case in a world of processes.
+fn run(args: &Args, case: Case) -> Outcome<Measured> {
+    let file = args.out.join("measured.json");
+    dist::launch::local(case.how.workers(), || measure(args, case, &file))?;
+    Ok(serde_json::from_slice(&std::fs::read(&file)?)?)
+}
+
+/// The ways to use `n` workers.
+fn ways(n: usize) -> Vec<(&'static str, Parallelism)> {
+    let mut ways = vec![
+        ("data", Parallelism::data(n)),
+        ("tensor", Parallelism::tensor(n)),
+        ("pipeline", Parallelism::pipeline(n, MICRO_BATCHES)),
+    ];
+    if n >= 4 {
+        let combined = Parallelism { data: n / 4, tensor: 2, pipeline: 2, micro_batches: MICRO_BATCHES };
+        ways.push(("combined", combined));
+    }
+    for (_, way) in &mut ways {
+        way.micro_batches = MICRO_BATCHES;
+    }
+    ways
+}
+
+/// What the formulas say, from one worker's measured step and the measured link.
+fn predict(args: &Args, case: Case, alone: &Measured, link: &Link) -> dist::Result<StepTime> {
+    let workload = Workload {
+        compute: alone.step,
+        fixed: 0.0,
+        gradient_bytes: alone.gradients,
+        activation_bytes: (case.batch * CONTEXT * case.width * 4) as usize,
+        layers: args.layers,
+        cores: std::thread::available_parallelism().map_or(1, Into::into),
+        contention: 1.0,
+    };
+    workload.predict(case.how, link)
+}
+
+/// One row: a way, the place on the sweep's axis, what was measured and predicted.
+struct Row {
+    way: &'static str,
+    at: f64,
+    measured: Measured,
+    predicted: StepTime,
+}
+
+fn print(title: &str, axis: &str, rows: &[Row]) {
+    println!("\n{title} (milliseconds a step)");
+    println!(
+        "{:<9} {axis:>8} | {:>8} {:>8} {:>8} {:>7} | {:>8} {:>8} {:>8} {:>8} | {:>9} {:>9}",
+        "way",
+        "step",
+        "compute",
+        "exposed",
+        "bubble",
+        "step",
+        "compute",
+        "exposed",
+        "bubble",
+        "MB moved",
+        "peak MiB"
+    );
+    for row in rows {
+        let (m, p) = (&row.measured, &row.predicted);
+        println!(
+            "{:<9} {:>8} | {:>8.1} {:>8.1} {:>8.1} {:>5.0} % | {:>8.1} {:>8.1} {:>8.1} {:>6.0} % | {:>9.2} {:>9.0}",
+            row.way,
+            row.at,
+            m.step * 1e3,
+            m.compute * 1e3,
+            m.exposed * 1e3,
+            m.bubble * 100.0,
+            p.total() * 1e3,
+            p.compute * 1e3,
+            p.exposed * 1e3,
+            100.0 * p.bubble / p.total(),
+            m.bytes / 1e6,
+            m.memory
+        );
+    }
+}
+
+/// Measured dots and predicted lines of every way.
+fn draw(args: &Args, stem: &str, x: &str, rows: &[Row]) -> Outcome {
+    let mut times = Vec::new();
+    let mut memory = Vec::new();
+    for way in ["data", "tensor", "pipeline", "combined"] {
+        let points = |y: &dyn Fn(&Row) -> f64| {
+            rows.iter().filter(|r| r.way == way || r.way == "alone").map(|r| (r.at, y(r))).collect::<Vec<_>>()
+        };
+        if rows.iter().any(|r| r.way == way) {
+            times.push(plot::Series::dots(&format!("{way}, measured"), points(&|r| r.measured.step * 1e3)));
+            times.push(plot::Series::line(
+                &format!("{way}, predicted"),
+                points(&|r| r.predicted.total() * 1e3),
+            ));
+            memory.push(plot::Series::line(way, points(&|r| r.measured.memory)));
+        }
+    }
+    let labels = plot::Labels { title: "Time of a step", x, y: "milliseconds" };
+    let [svg, _] = plot::lines(&args.out.join(format!("{stem}_time")), labels, &times)?;
+    let labels = plot::Labels { title: "Largest memory of a rank", x, y: "MiB" };
+    plot::lines(&args.out.join(format!("{stem}_memory")), labels, &memory)?;
+    println!("drawn: {}", svg.display());
+    Ok(())
+}
+
+fn main() -> Outcome {
+    let args = Args::parse();
+    std::fs::create_dir_all(&args.out)?;
+    let base = Case { how: Parallelism::data(1), batch: 32, width: 64 };
+    let mut link = Link { latency: 0.0, bandwidth: f64::INFINITY, combine: f64::INFINITY };
+
+    let mut sweep = |title: &str, axis: &str, stem: &str, cases: Vec<(f64, Vec<usize>, Case)>| -> Outcome {
+        let mut rows = Vec::new();
+        for (at, workers, case) in cases {
+            let alone = run(&args, Case { how: Parallelism::data(1), ..case })?;
+            for n in workers {
+                for (way, how) in ways(n) {
+                    let case = Case { how, ..case };
+                    let measured = run(&args, case)?;
+                    if let Some((latency, bandwidth, combine)) = measured.link {
+                        link = Link { latency, bandwidth, combine };
+                    }
+                    let at = if at == 0.0 { n as f64 } else { at };
+                    let predicted = predict(&args, case, &alone, &link)?;
+                    rows.push(Row { way, at, measured, predicted });
+                }
+            }
+            if at == 0.0 {
+                let predicted = predict(&args, case, &alone, &link)?;
+                rows.insert(0, Row { way: "alone", at: 1.0, measured: alone, predicted });
+            }
+        }
+        print(title, axis, &rows);
+        draw(&args, stem, axis, &rows)
+    };
+
+    let counts = (1..).map(|i| 1 << i).take_while(|&n| n <= args.workers).collect();
+    println!("each row: measured | predicted | traffic and memory of one rank");
+    sweep("More workers, the same work", "workers", "workers", vec![(0.0, counts, base)])?;
+    if !args.quick {
+        let n = vec![args.workers];
+        let batches = [16, 32, 64].map(|batch| (batch as f64, n.clone(), Case { batch, ..base }));
+        sweep("Larger batches", "batch", "batch", batches.to_vec())?;
+        let widths = [32, 64, 128].map(|width| (width as f64, n.clone(), Case { width, ..base }));
+        sweep("A larger model", "width", "width", widths.to_vec())?;
+    }
+    Ok(())
+}

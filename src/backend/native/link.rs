@@ -3,7 +3,7 @@
 use super::memory::{Piece, Pieces};
 use crate::Result;
 
-/// The header of every message of a collective. 64 bytes on the wire, see the README.
+/// The header of every message of a collective. 48 bytes on the wire, see the README.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Head {
     /// The call's number.

@@ -125,14 +125,15 @@ impl Meeting {
         let ours =
             Hello { version: VERSION, process: *PROCESS, host: host(), token: random(), forced, tuning };
         let all = self.exchange("hello", &ours)?;
-        let differs = |what: fn(&Hello) -> String, name: &str| {
+        type What = fn(&Hello) -> String;
+        let differs = |what: What, name: &str| {
             let odd = all.iter().position(|h| what(h) != what(&all[0]));
             odd.map(|rank| {
                 let (a, b) = (what(&all[0]), what(&all[rank]));
                 self.failed(&format!("ranks differ in {name}: rank 0 has {a}, rank {rank} has {b}"))
             })
         };
-        let checks: [(fn(&Hello) -> String, &str); 3] = [
+        let checks: [(What, &str); 3] = [
             (|h| h.version.to_string(), "the version of the native engine"),
             (|h| format!("{:?}", h.forced), "TCH_DISTRIBUTED_TRANSPORT"),
             (|h| format!("{:x}", h.tuning), "their tuning table"),

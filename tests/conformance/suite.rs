@@ -3,6 +3,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::time::Duration;
 
+use tch_distributed::backend::native;
 use tch_distributed::{
     InitOptions, ProcessGroup, destroy_process_group, init_process_group, is_backend_available,
     register_backend, testing,
@@ -14,17 +15,19 @@ use super::{cases, plain_backend, programs};
 /// How long a test may take before it is a failure: nothing here comes near it.
 pub const LIMIT: Duration = Duration::from_secs(100);
 
-/// The backend of this suite's own, known by name like any other.
-fn know_the_plain_one() {
+/// Backends of this suite's own, known by name like any other.
+fn know_our_own() {
     if !is_backend_available("plain") {
         // Another test of this process may have been first.
+        let _ = register_backend("native-tcp", |context| native::create_over(context, "tcp"));
+        let _ = register_backend("native-unix", |context| native::create_over(context, "unix"));
         let _ = register_backend("plain", plain_backend::create);
     }
 }
 
 /// Runs ranks as threads over a backend, with a watchdog instead of an endless wait.
 pub fn world<T: Send>(backend: &str, size: usize, body: impl Fn(ProcessGroup) -> T + Send + Sync) -> Vec<T> {
-    know_the_plain_one();
+    know_our_own();
     testing::run_threads_on(backend, InitOptions::new().timeout(LIMIT), size, body)
 }
 
@@ -79,7 +82,7 @@ pub fn run_cases(backend: &str, size: usize, failures: bool) -> usize {
 
 /// Runs the whole suite in a world of processes, of which this is one.
 pub fn run_in_process(backend: &str, failures: bool) {
-    know_the_plain_one();
+    know_our_own();
     let group = init_process_group(backend, InitOptions::new().timeout(LIMIT)).unwrap();
     let size = group.size();
     assert_no_failures(&product_on(&group, &product::pairwise()), backend, size);

@@ -53,6 +53,22 @@ pub fn create(context: BackendContext) -> Result<Arc<dyn CollectiveBackend>> {
     create_with(context, forced)
 }
 
+/// [`create`] over one transport, `threads`, `shm`, `unix` or `tcp`, whatever the environment says: a
+/// factory for a backend of another name.
+///
+/// # Errors
+/// As there; `BackendUnavailable` when the ranks are where this transport does not reach.
+///
+/// ```
+/// use tch_distributed::{InitOptions, backend::native, register_backend, testing};
+/// register_backend("over-tcp", |context| native::create_over(context, "tcp"))?;
+/// testing::run_threads_on("over-tcp", InitOptions::new(), 2, |group| group.barrier().unwrap());
+/// # tch_distributed::Result::Ok(())
+/// ```
+pub fn create_over(context: BackendContext, transport: &str) -> Result<Arc<dyn CollectiveBackend>> {
+    create_with(context, Some(transport.to_owned()))
+}
+
 /// The same, with the transport forced, or not.
 fn create_with(context: BackendContext, forced: Option<String>) -> Result<Arc<dyn CollectiveBackend>> {
     let meeting = Meeting::new(&context);

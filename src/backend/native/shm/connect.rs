@@ -8,6 +8,7 @@ use std::{fmt, io};
 
 use rustix::fs::{Mode, OFlags};
 
+use super::door::Door;
 use super::segment::{DEPTH, Layout, Segment};
 use super::{Inner, SharedMemory};
 use crate::backend::BackendContext;
@@ -69,15 +70,22 @@ pub(crate) fn connect(context: &BackendContext) -> Result<SharedMemory> {
         context.store.get(key)
     };
     let ranks = context.size;
-    context.store.set(&format!("shm/chunk/{}", context.rank), affordable(ranks).to_string().as_bytes())?;
+    // What this rank can afford, and the name of its door: none where it has none.
+    let name = format!("tch-distributed/{:x}{:x}", nonce(), nonce());
+    let door = Door::new(&name).ok();
+    let offer = format!("{} {}", affordable(ranks), if door.is_some() { &name } else { "" });
+    context.store.set(&format!("shm/offer/{}", context.rank), offer.as_bytes())?;
+    let mut chunk = 4 << 20;
+    let mut names = Vec::with_capacity(ranks);
+    for r in 0..ranks {
+        let offer = String::from_utf8_lossy(&get(&format!("shm/offer/{r}"))?).into_owned();
+        let (size, name) = offer.split_once(' ').unwrap_or_default();
+        chunk = chunk.min(size.parse().unwrap_or(CHUNK_LEAST)).max(CHUNK_LEAST);
+        names.push(name.to_owned());
+    }
+    let doors = door.filter(|_| names.iter().all(|n| !n.is_empty())).and_then(|d| d.among(&names).ok());
     // The leader's descriptor stays open until everybody has had the chance to open it.
     let (attempt, _descriptor) = if context.rank == 0 {
-        let mut chunk = CHUNK_LEAST.max(4 << 20);
-        for r in 0..ranks {
-            let offer = get(&format!("shm/chunk/{r}"))?;
-            let offer = std::str::from_utf8(&offer).ok().and_then(|v| v.parse().ok());
-            chunk = chunk.min(offer.unwrap_or(CHUNK_LEAST)).max(CHUNK_LEAST);
-        }
         let layout = Layout::new(ranks, chunk);
         match Segment::create(layout) {
             Ok((segment, descriptor)) => {
@@ -111,7 +119,7 @@ pub(crate) fn connect(context: &BackendContext) -> Result<SharedMemory> {
     match attempt {
         Ok(segment) if verdict.is_empty() => {
             let reserved = Reserved::new(staging(ranks, segment.layout.chunk));
-            Ok(SharedMemory { inner: Arc::new(Inner::new(segment, context.rank, reserved)) })
+            Ok(SharedMemory { inner: Arc::new(Inner::new(segment, context.rank, doors, reserved)) })
         }
         _ => Err(Error::BackendUnavailable {
             backend: "native".to_owned(),

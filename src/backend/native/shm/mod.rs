@@ -1,7 +1,9 @@
 //! Ranks of one host over shared memory. README.md describes the protocol.
 
+mod bell;
 mod combine;
 mod connect;
+mod door;
 mod lists;
 mod machine;
 #[cfg(test)]
@@ -19,11 +21,13 @@ use std::time::Instant;
 
 pub(crate) use connect::connect;
 
+use self::bell::RankBell;
+use self::door::Doors;
 use self::machine::Machine;
-use self::protocol::{arm, doze, ring};
+use self::protocol::{arm, doze, ring, watch};
 use self::segment::Segment;
 use self::wait::{Next, Wait};
-use super::transport::{Progress, Run, Stamp, Transport};
+use super::transport::{Progress, Run, Stamp, Transport, Watch};
 use crate::Result;
 use crate::backend::Call;
 
@@ -37,6 +41,8 @@ pub(crate) struct SharedMemory {
 struct Inner {
     segment: Segment,
     rank: usize,
+    /// What a progress engine sleeps on; without, it naps.
+    doors: Option<Doors>,
     /// Whether there are more ranks than cores.
     crowded: bool,
     /// How often to look again at once where something is waited for.
@@ -54,12 +60,13 @@ struct Inner {
 }
 
 impl Inner {
-    fn new(segment: Segment, rank: usize, reserved: connect::Reserved) -> Self {
+    fn new(segment: Segment, rank: usize, doors: Option<Doors>, reserved: connect::Reserved) -> Self {
         let ranks = segment.layout.ranks;
         let crowded = ranks > num_cpus::get();
         Self {
             segment,
             rank,
+            doors,
             crowded,
             spins: AtomicU32::new(Wait::first_spins(ranks)),
             begun: AtomicU64::new(0),
@@ -87,12 +94,16 @@ impl Inner {
         self.failed.load(Ordering::Acquire)
     }
 
-    fn bell(&self) -> &AtomicU32 {
-        self.segment.bell(self.rank)
+    fn bell_of(&self, rank: usize) -> RankBell<'_> {
+        RankBell { word: self.segment.bell(rank), rank, doors: self.doors.as_ref() }
     }
 
-    fn other_bells(&self) -> impl Iterator<Item = &AtomicU32> {
-        (0..self.ranks()).filter(|&r| r != self.rank).map(|r| self.segment.bell(r))
+    fn bell(&self) -> RankBell<'_> {
+        self.bell_of(self.rank)
+    }
+
+    fn other_bells(&self) -> impl Iterator<Item = RankBell<'_>> {
+        (0..self.ranks()).filter(|&r| r != self.rank).map(|r| self.bell_of(r))
     }
 
     fn begin<'a>(&self, call: Call<'a>, stamp: Stamp) -> Result<Machine<'a>> {
@@ -139,18 +150,27 @@ impl Transport for SharedMemory {
     fn park(&self, until: Instant) {
         let inner = &*self.inner;
         if inner.runs.load(Ordering::Acquire) == 0 {
-            arm(inner.bell());
+            arm(&inner.bell());
         }
         // A run that found nothing has armed the bell. Whoever interrupts sets the flag, then rings.
         let left = until.saturating_duration_since(Instant::now());
         if !inner.interrupted.swap(false, Ordering::SeqCst) && !left.is_zero() {
-            doze(inner.bell(), u64::try_from(left.as_nanos()).unwrap_or(u64::MAX));
+            doze(&inner.bell(), u64::try_from(left.as_nanos()).unwrap_or(u64::MAX));
         }
     }
 
     fn interrupt(&self) {
         self.inner.interrupted.store(true, Ordering::SeqCst);
-        ring(self.inner.bell());
+        ring(&self.inner.bell());
+    }
+
+    fn watch(&self, set: &mut Vec<Watch>) -> bool {
+        let Some(doors) = &self.inner.doors else { return false };
+        if !watch(&self.inner.bell()) {
+            return false;
+        }
+        set.push(Watch { fd: doors.watch(), write: false, read: true });
+        true
     }
 
     fn fail(&self) {
@@ -167,12 +187,15 @@ struct SharedRun<'a> {
 
 impl Run for SharedRun<'_> {
     fn advance(&mut self) -> Result<Progress> {
+        if let Some(doors) = &self.inner.doors {
+            doors.clear();
+        }
         let progress = self.machine.advance(&self.inner)?;
         if progress != Progress::Idle {
             return Ok(progress);
         }
         // The caller may sleep now: ask to be woken, and look once more.
-        arm(self.inner.bell());
+        arm(&self.inner.bell());
         self.machine.advance(&self.inner)
     }
 }

@@ -1,12 +1,14 @@
 //! The protocol, model-checked: loom runs every interleaving that its bound allows, and every value
 //! that each read may return. A race on a payload, a stale read and a lost wake-up all fail.
 
+use std::iter::once;
+
 use loom::cell::UnsafeCell;
 use loom::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 use loom::sync::{Arc, Condvar, Mutex};
 use loom::thread;
 
-use super::protocol::{ASLEEP, AWAKE, Bell, Word, arm, doze, mark, steps_of, tell};
+use super::protocol::{ASLEEP, AWAKE, Bell, WATCHED, Word, arm, doze, mark, steps_of, tell, watch};
 
 /// Slots that are filled again when they have been read.
 const DEPTH: usize = 2;
@@ -26,16 +28,23 @@ impl Word for AtomicU64 {
 struct Futex {
     word: AtomicU32,
     lock: Mutex<()>,
+    /// A descriptor that stays ready until it is read.
+    knocked: Mutex<bool>,
     rung: Condvar,
 }
 
 impl Futex {
     fn new() -> Self {
-        Self { word: AtomicU32::new(AWAKE), lock: Mutex::new(()), rung: Condvar::new() }
+        Self {
+            word: AtomicU32::new(AWAKE),
+            lock: Mutex::new(()),
+            knocked: Mutex::new(false),
+            rung: Condvar::new(),
+        }
     }
 }
 
-impl Bell for Futex {
+impl Bell for &Futex {
     fn peek(&self) -> u32 {
         self.word.load(Ordering::Relaxed)
     }
@@ -62,6 +71,11 @@ impl Bell for Futex {
 
     fn wake(&self) {
         let _guard = self.lock.lock().unwrap();
+        self.rung.notify_one();
+    }
+
+    fn knock(&self) {
+        *self.knocked.lock().unwrap() = true;
         self.rung.notify_one();
     }
 }
@@ -123,7 +137,7 @@ fn headers_of_even_and_odd_rounds_are_never_written_while_they_are_read() {
             let parity = (round & 1) as usize;
             // SAFETY: loom checks it.
             mine.payloads[parity].with_mut(|p| unsafe { *p = round * 10 });
-            tell(&mine.flags[parity], round, std::iter::once(&theirs.bell));
+            tell(&mine.flags[parity], round, once(&theirs.bell));
             wait_for(|| theirs.flags[parity].read() == round);
             // SAFETY: loom checks it.
             let got = theirs.payloads[parity].with(|p| unsafe { *p });
@@ -146,7 +160,7 @@ fn slots_are_filled_again_only_when_they_have_been_read() {
                     // SAFETY: loom checks it.
                     let got = source.slots[step as usize % DEPTH].with(|p| unsafe { *p });
                     assert_eq!(got, round * 100 + step);
-                    tell(&mine.progress[1], mark(round, step + 1), std::iter::once(&source.bell));
+                    tell(&mine.progress[1], mark(round, step + 1), once(&source.bell));
                 }
             }
         });
@@ -164,7 +178,7 @@ fn slots_are_filled_again_only_when_they_have_been_read() {
                 });
                 // SAFETY: loom checks it.
                 mine.slots[step as usize % DEPTH].with_mut(|p| unsafe { *p = round * 100 + step });
-                tell(&mine.progress[0], mark(round, step + 1), std::iter::once(&reader_area.bell));
+                tell(&mine.progress[0], mark(round, step + 1), once(&reader_area.bell));
             }
         }
         reader.join().unwrap();
@@ -175,14 +189,38 @@ fn slots_are_filled_again_only_when_they_have_been_read() {
 fn a_rank_that_sleeps_is_always_woken() {
     two_ranks(|mine, theirs| {
         for round in 1..=2_u64 {
-            tell(&mine.flags[0], round, std::iter::once(&theirs.bell));
+            tell(&mine.flags[0], round, once(&theirs.bell));
             while theirs.flags[0].read() < round {
-                arm(&mine.bell);
+                arm(&&mine.bell);
                 // Once more, after arming: this is what makes it safe to sleep.
                 if theirs.flags[0].read() >= round {
                     break;
                 }
-                doze(&mine.bell, 0);
+                doze(&&mine.bell, 0);
+            }
+        }
+    });
+}
+
+#[test]
+fn a_progress_engine_that_sleeps_on_descriptors_is_always_woken() {
+    two_ranks(|mine, theirs| {
+        for round in 1..=2_u64 {
+            tell(&mine.flags[0], round, once(&theirs.bell));
+            while theirs.flags[0].read() < round {
+                arm(&&mine.bell);
+                if theirs.flags[0].read() >= round {
+                    break;
+                }
+                if watch(&&mine.bell) {
+                    // Poll until the descriptor is ready, then read it.
+                    let mut ready = mine.bell.knocked.lock().unwrap();
+                    while !*ready {
+                        ready = mine.bell.rung.wait(ready).unwrap();
+                    }
+                    *ready = false;
+                    assert_ne!((&mine.bell).peek(), WATCHED);
+                }
             }
         }
     });

@@ -24,6 +24,8 @@ pub(super) trait Bell {
     fn sleep(&self, nanos: u64);
     /// Ends such a sleep.
     fn wake(&self);
+    /// Makes the descriptor ready that the rank watches while its bell is [`WATCHED`].
+    fn knock(&self);
 }
 
 /// Nobody has to be told.
@@ -32,6 +34,8 @@ pub(super) const AWAKE: u32 = 0;
 pub(super) const ARMED: u32 = 1;
 /// The rank sleeps on the word.
 pub(super) const ASLEEP: u32 = 2;
+/// The rank sleeps on descriptors.
+pub(super) const WATCHED: u32 = 3;
 
 /// How many bits of a progress word count steps; the rest is the number of the round.
 pub(super) const STEP_BITS: u32 = 22;
@@ -48,15 +52,19 @@ pub(super) fn steps_of(word: u64, round: u64) -> u64 {
 }
 
 /// Publishes and wakes those whose bells ask for it.
-pub(super) fn tell<'b, W: Word, B: Bell + 'b>(word: &W, value: u64, bells: impl Iterator<Item = &'b B>) {
+pub(super) fn tell<W: Word, B: Bell>(word: &W, value: u64, bells: impl Iterator<Item = B>) {
     word.publish(value);
-    bells.for_each(ring);
+    bells.for_each(|bell| ring(&bell));
 }
 
 /// Wakes a rank that is asleep or about to be.
 pub(super) fn ring<B: Bell>(bell: &B) {
-    if bell.peek() != AWAKE && bell.reset() == ASLEEP {
-        bell.wake();
+    if bell.peek() != AWAKE {
+        match bell.reset() {
+            ASLEEP => bell.wake(),
+            WATCHED => bell.knock(),
+            _ => {}
+        }
     }
 }
 
@@ -65,6 +73,11 @@ pub(super) fn arm<B: Bell>(bell: &B) {
     if bell.peek() == AWAKE {
         bell.arm(ARMED);
     }
+}
+
+/// Asks for a knock; false where the bell was rung since it was armed.
+pub(super) fn watch<B: Bell>(bell: &B) -> bool {
+    bell.change(ARMED, WATCHED) || bell.peek() == WATCHED
 }
 
 /// Sleeps, unless the bell was rung since it was armed. Leaves the bell awake.

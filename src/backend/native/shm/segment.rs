@@ -20,9 +20,8 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::mm::{MapFlags, ProtFlags};
-use rustix::thread::futex;
 
-use super::protocol::{ASLEEP, AWAKE, Bell, Word};
+use super::protocol::Word;
 
 /// How many chunks of a stream may be under way.
 pub(super) const DEPTH: usize = 2;
@@ -217,38 +216,5 @@ impl Word for AtomicU64 {
             self.store(value, Ordering::Release);
             std::sync::atomic::fence(Ordering::SeqCst);
         }
-    }
-}
-
-impl Bell for AtomicU32 {
-    #[inline(always)]
-    fn peek(&self) -> u32 {
-        self.load(Ordering::Relaxed)
-    }
-
-    fn arm(&self, value: u32) {
-        self.store(value, Ordering::Relaxed);
-        std::sync::atomic::fence(Ordering::SeqCst);
-    }
-
-    fn reset(&self) -> u32 {
-        self.swap(AWAKE, Ordering::AcqRel)
-    }
-
-    fn change(&self, from: u32, to: u32) -> bool {
-        self.compare_exchange(from, to, Ordering::AcqRel, Ordering::Relaxed).is_ok()
-    }
-
-    fn sleep(&self, nanos: u64) {
-        let timeout = futex::Timespec {
-            tv_sec: (nanos / 1_000_000_000) as i64,
-            tv_nsec: (nanos % 1_000_000_000) as futex::Nsecs,
-        };
-        // Every way it can end is a reason to look again. Not `PRIVATE`: other processes wake it.
-        let _ = futex::wait(self, futex::Flags::empty(), ASLEEP, Some(&timeout));
-    }
-
-    fn wake(&self) {
-        let _ = futex::wake(self, futex::Flags::empty(), 1);
     }
 }

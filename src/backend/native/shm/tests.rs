@@ -20,7 +20,7 @@ fn group(ranks: usize, chunk: usize) -> Vec<SharedMemory> {
     (0..ranks)
         .map(|rank| {
             let segment = Segment::open(&descriptor, layout).unwrap();
-            SharedMemory { inner: Arc::new(Inner::new(segment, rank, Reserved::new(0))) }
+            SharedMemory { inner: Arc::new(Inner::new(segment, rank, None, Reserved::new(0))) }
         })
         .collect()
 }
@@ -368,6 +368,7 @@ fn if_one_rank_cannot_map_the_memory_all_ranks_are_told_why() {
     let contexts = contexts(3);
     // Somebody else's descriptor where the leader's should be: rank 0 is played by this thread.
     let store = contexts[0].store.clone();
+    store.set("shm/offer/0", b"4096 ").unwrap();
     store.set("shm/segment", format!("{} 0 4096 1", std::process::id()).as_bytes()).unwrap();
     thread::scope(|scope| {
         let threads: Vec<_> = contexts[1..].iter().map(|c| scope.spawn(|| connect(c))).collect();

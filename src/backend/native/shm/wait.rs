@@ -80,7 +80,7 @@ impl Wait {
             return Err(Error::Aborted);
         }
         if self.tries >= self.spins + YIELDS {
-            arm(inner.segment.bell(inner.rank));
+            arm(&inner.bell());
             return Ok(Next::LookThenSleep);
         }
         if self.tries >= self.spins {
@@ -98,7 +98,7 @@ impl Wait {
         if left.is_zero() {
             return Next::Late;
         }
-        doze(inner.segment.bell(inner.rank), u64::try_from(left.as_nanos()).unwrap_or(u64::MAX));
+        doze(&inner.bell(), u64::try_from(left.as_nanos()).unwrap_or(u64::MAX));
         Next::Look
     }
 }

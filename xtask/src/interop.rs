@@ -26,7 +26,7 @@ pub(crate) fn run(_arguments: &[String]) -> Result<()> {
     let rust = target().join("debug/examples/interop");
     ensure!(rust.is_file(), "{} was not built", rust.display());
     let mut worlds = 0;
-    for languages in ["pr", "rp", "prp", "rpr", "ppr", "rrp", "prpr", "rprp", "rrrp", "pppr"] {
+    for languages in ["pr", "rp", "prp", "rpr", "rrp", "prpr", "rppr"] {
         for method in ["tcp", "env"] {
             let start = Instant::now();
             world(languages, method, &python, &rust).with_context(|| {

@@ -3,7 +3,8 @@
 //! Both are `c10d::Backend`s. [`engine`] turns calls into operations on flat tensors ([`flat`], [`ops`],
 //! [`combine`]) and their ends into completions; [`inquest`] finds out, through the store, what a failure
 //! was, for these engines know addresses, not ranks. Worlds can be shared with Python: the keys on the
-//! wire, the order of construction and the operations are PyTorch's.
+//! wire, the order of construction and the operations are PyTorch's, with one exception: PyTorch's Gloo has
+//! another way over the wire for `reduce_scatter` of lists, so that only `reduce_scatter_tensor` is shared.
 
 mod combine;
 mod engine;

@@ -21,6 +21,9 @@ use crate::{Error, Result};
 /// Gloo's receive from anybody under this tag is how its connections are closed: see [`Shared::cut`].
 const CUT_TAG: i32 = i32::MAX;
 
+/// How long a rank that leaves waits for others that are still connecting.
+const SETTLING: Duration = Duration::from_secs(10);
+
 /// libtorch's engine for one group.
 pub(super) struct Engine(Arc<Shared>);
 
@@ -184,6 +187,7 @@ impl CollectiveBackend for Engine {
             }
         }
         drop(guard);
+        shared.witness.see_others_settled(timeout.min(SETTLING));
         let own = shared.own.is_empty();
         shared.end_own(&Arc::new(Error::Aborted));
         match shared.pending.load(Ordering::Acquire) {
@@ -487,7 +491,11 @@ impl Drop for Shared {
     fn drop(&mut self) {
         // Its destructor waits for what is pending, and this may be one of the engine's own threads.
         if let Some(backend) = self.backend.take() {
-            waiters::run(move || drop(backend));
+            let witness = self.witness.clone();
+            waiters::run(move || {
+                witness.see_others_settled(SETTLING);
+                drop(backend);
+            });
         }
     }
 }

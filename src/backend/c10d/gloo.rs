@@ -28,5 +28,6 @@ pub(crate) fn create(context: BackendContext) -> Result<Arc<dyn CollectiveBacken
         };
         Error::Rendezvous { reason: format!("gloo could not connect group {group_name}{absent}: {text}") }
     })?;
+    witness.settle()?;
     Ok(Arc::new(Engine::new(Flavor::Gloo, backend, Device::Cpu, witness)))
 }

@@ -2,7 +2,7 @@
 //! to blame, the ranks find out through the store, where each that fails says how far it was.
 //!
 //! Keys, under the group's own: `tchd/here/RANK` from a rank of this crate when it joins (Python ranks set
-//! none), `tchd/failed/RANK` with its [`Status`] from a rank that fails, `tchd/cause` from the first.
+//! none), `tchd/connected/RANK` when it has, `tchd/failed/RANK` with its [`Status`] from a rank that fails, `tchd/cause` from the first.
 
 use std::io;
 use std::sync::Arc;
@@ -74,6 +74,7 @@ impl Status {
 }
 
 /// The group, as far as an inquest needs it.
+#[derive(Clone)]
 pub(super) struct Witness {
     pub(super) store: Arc<dyn Store>,
     pub(super) rank: usize,
@@ -84,6 +85,26 @@ impl Witness {
     /// Says that this rank has come.
     pub(super) fn arrive(&self) -> crate::Result<()> {
         self.store.set(&format!("tchd/here/{}", self.rank), b"1")
+    }
+
+    /// Says that this rank has connected to all others.
+    pub(super) fn settle(&self) -> crate::Result<()> {
+        self.store.set(&format!("tchd/connected/{}", self.rank), b"1")
+    }
+
+    /// Waits until the other ranks of this crate have connected too: a rank that leaves before is taken
+    /// for one that crashed.
+    pub(super) fn see_others_settled(&self, patience: Duration) {
+        let deadline = Instant::now() + patience;
+        let there = |what: &str, rank: usize| self.store.check(&[&format!("tchd/{what}/{rank}")]);
+        for rank in (0..self.size).filter(|&rank| rank != self.rank) {
+            while there("here", rank).unwrap_or(false)
+                && !there("connected", rank).unwrap_or(true)
+                && Instant::now() < deadline
+            {
+                thread::sleep(Duration::from_millis(5));
+            }
+        }
     }
 
     /// The ranks of this crate that have not come.

@@ -14,11 +14,7 @@ use crate::{Error, Result};
 /// Why NCCL cannot work here; `None` where it can.
 pub(crate) fn unavailable() -> Option<String> {
     if !has_nccl() {
-        return Some(
-            "this build does not contain it: build with the cargo feature `nccl`, on a machine with the headers \
-             of CUDA and NCCL"
-                .to_owned(),
-        );
+        return Some("this build of the crate does not contain libtorch's NCCL".to_owned());
     }
     if !Cuda::is_available() {
         return Some("libtorch finds no CUDA device on this machine".to_owned());
@@ -43,6 +39,7 @@ pub(crate) fn create(context: BackendContext) -> Result<Arc<dyn CollectiveBacken
     let backend = C10dBackend::nccl(&member, false).map_err(|text| Error::Rendezvous {
         reason: format!("nccl could not be made for group {group_name}: {text}"),
     })?;
+    witness.settle()?;
     let devices = usize::try_from(Cuda::device_count()).unwrap_or(1).max(1);
     let local =
         std::env::var("LOCAL_RANK").ok().and_then(|text| text.trim().parse().ok()).unwrap_or(ranks[rank]);

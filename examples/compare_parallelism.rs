@@ -76,6 +76,8 @@ struct Measured {
 
 /// What a rank does: the model, cut as the case says, and some steps under the profiler.
 fn measure(args: &Args, case: Case, file: &Path) -> Outcome {
+    // One core a worker, also for the one that is alone: the formulas count cores.
+    tch::set_num_threads(1);
     let world = dist::init_process_group("native", dist::InitOptions::new())?;
     let Parallelism { data, tensor, pipeline, .. } = case.how;
     let mesh = DeviceMesh::new(&world, &[("dp", data), ("pp", pipeline), ("tp", tensor)])?;
@@ -260,6 +262,7 @@ fn main() -> Outcome {
     let base = Case { how: Parallelism::data(1), batch: 32, width: 64 };
     let mut link = Link { latency: 0.0, bandwidth: f64::INFINITY, combine: f64::INFINITY };
 
+    let mut done = Vec::new();
     let mut sweep = |title: &str, axis: &str, stem: &str, cases: Vec<(f64, Vec<usize>, Case)>| -> Outcome {
         let mut rows = Vec::new();
         for (at, workers, case) in cases {
@@ -281,12 +284,11 @@ fn main() -> Outcome {
                 rows.insert(0, Row { way: "alone", at: 1.0, measured: alone, predicted });
             }
         }
-        print(title, axis, &rows);
-        draw(&args, stem, axis, &rows)
+        done.push((title.to_owned(), axis.to_owned(), stem.to_owned(), rows));
+        Ok(())
     };
 
     let counts = (1..).map(|i| 1 << i).take_while(|&n| n <= args.workers).collect();
-    println!("each row: measured | predicted | traffic and memory of one rank");
     sweep("More workers, the same work", "workers", "workers", vec![(0.0, counts, base)])?;
     if !args.quick {
         let n = vec![args.workers];
@@ -294,6 +296,12 @@ fn main() -> Outcome {
         sweep("Larger batches", "batch", "batch", batches.to_vec())?;
         let widths = [32, 64, 128].map(|width| (width as f64, n.clone(), Case { width, ..base }));
         sweep("A larger model", "width", "width", widths.to_vec())?;
+    }
+    // Behind the last launch: ranks never come here.
+    println!("each row: measured | predicted | traffic and memory of one rank");
+    for (title, axis, stem, rows) in &done {
+        print(title, axis, rows);
+        draw(&args, stem, axis, rows)?;
     }
     Ok(())
 }

@@ -99,3 +99,10 @@ fn digits_are_learnt_and_a_resumed_run_ends_as_one_that_never_stopped() {
         assert!(read("straight") == read("stopped"), "{file} differs");
     }
 }
+
+#[test]
+fn a_backend_of_our_own_compresses_around_the_native_one() {
+    let text = said("custom_backend", &[]);
+    assert!(text.contains("all_reduce(Sum) of 8 bytes of Float"), "{text}");
+    assert!(text.ends_with("a backend of our own summed in bf16 on three ranks\n"), "{text}");
+}

@@ -4,6 +4,9 @@
 //! runs all of it. A new backend gets the suite by one line of `suites!`.
 
 mod cases;
+#[allow(dead_code)] // its `main`
+#[path = "../../examples/custom_backend.rs"]
+mod custom_backend;
 mod model;
 mod plain_backend;
 mod product;
@@ -18,5 +21,6 @@ suites! {
     native_tcp: "native-tcp", threads [1, 2, 3, 4], processes [4], failures true;
     native_unix: "native-unix", threads [2, 5], processes [2], failures true;
     gloo: "gloo", threads [2, 3], processes [2], failures false;
+    outside_the_crate: "compressing", threads [1, 3], processes [2], failures true;
     plain: "plain", threads [1, 2, 3], processes [2], failures false;
 }

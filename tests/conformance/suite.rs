@@ -10,7 +10,7 @@ use tch_distributed::{
 };
 
 use super::product::{self, Case};
-use super::{cases, plain_backend, programs};
+use super::{cases, custom_backend, plain_backend, programs};
 
 /// How long a test may take before it is a failure: nothing here comes near it.
 pub const LIMIT: Duration = Duration::from_secs(100);
@@ -21,6 +21,7 @@ fn know_our_own() {
         // Another test of this process may have been first.
         let _ = register_backend("native-tcp", |context| native::create_over(context, "tcp"));
         let _ = register_backend("native-unix", |context| native::create_over(context, "unix"));
+        let _ = register_backend("compressing", custom_backend::create);
         let _ = register_backend("plain", plain_backend::create);
     }
 }

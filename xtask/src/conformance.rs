@@ -11,7 +11,8 @@ pub(crate) const ABOUT: &str = "Run the whole conformance product, print a table
 pub(crate) fn run(arguments: &[String]) -> Result<()> {
     let mut command = cargo();
     command.args(["test", "--test", "conformance", "--", "--exact", "--nocapture"]);
-    command.arg("whole::the_whole_product_gives_what_the_model_gives");
+    command.arg("whole::the_product_as_a_table");
+    command.env("TCHD_CONFORMANCE_WORLD", "2");
     let mut rest = arguments.iter();
     while let Some(argument) = rest.next() {
         let mut value = || rest.next().with_context(|| format!("{argument} needs a value"));

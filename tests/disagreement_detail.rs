@@ -1,0 +1,109 @@
+//! Full checking (`InitOptions::debug_detail`): every collective is compared before it runs, and a
+//! disagreement is the same error on all ranks at once, with shapes and lines.
+
+use std::time::Duration;
+
+use tch::{Device, Kind, Tensor};
+use tch_distributed::{Error, InitOptions, ProcessGroup, ReduceOp, testing};
+
+fn world<T: Send>(size: usize, body: impl Fn(ProcessGroup) -> T + Send + Sync) -> Vec<T> {
+    let options = InitOptions::new().debug_detail(true).timeout(Duration::from_secs(30));
+    testing::run_threads_on("native", options, size, body)
+}
+
+fn ones(shape: &[i64]) -> Tensor {
+    Tensor::ones(shape, (Kind::Float, Device::Cpu))
+}
+
+#[test]
+fn shapes_of_equal_counts_that_differ_are_told_on_every_rank_with_the_lines() {
+    let texts = world(3, |group| {
+        let mut t = if group.rank() == 1 { ones(&[3, 2]) } else { ones(&[2, 3]) };
+        match group.all_reduce(&mut t, ReduceOp::Sum).unwrap_err() {
+            Error::Desync { rank, theirs, ours, .. } => {
+                assert_eq!(rank, if group.rank() == 1 { 0 } else { 1 });
+                assert!(theirs.contains(file!()) && ours.contains(file!()), "{theirs} / {ours}");
+                format!("{theirs} / {ours}")
+            }
+            other => panic!("{other:?}"),
+        }
+    });
+    assert!(texts[0].contains("[3, 2]") && texts[0].contains("[2, 3]"), "{}", texts[0]);
+    assert_eq!(texts[0], texts[2], "ranks that agree say the same");
+}
+
+#[test]
+fn a_disagreement_touches_no_tensor() {
+    world(2, |group| {
+        let mut t = ones(&[4]);
+        let op = if group.rank() == 0 { ReduceOp::Sum } else { ReduceOp::Max };
+        assert!(matches!(group.all_reduce(&mut t, op), Err(Error::Desync { .. })));
+        assert_eq!(Vec::<f32>::try_from(t).unwrap(), [1.0; 4]);
+        assert!(matches!(group.barrier(), Err(Error::Poisoned { .. })));
+    });
+}
+
+#[test]
+fn different_operations_are_told_before_either_runs() {
+    world(2, |group| {
+        let error = if group.rank() == 0 {
+            group.barrier().unwrap_err()
+        } else {
+            group.broadcast_async(&ones(&[2]), 0).unwrap_err()
+        };
+        let text = error.to_string();
+        assert!(text.contains("barrier") && text.contains("broadcast(root 0) of Float [2]"), "{text}");
+    });
+}
+
+#[test]
+fn programs_that_agree_run_as_ever_also_where_shapes_may_differ() {
+    world(3, |group| {
+        let n = group.rank() as i64 + 1;
+        let all = group.all_gather_uneven(&ones(&[n, 2])).unwrap();
+        assert_eq!(all.iter().map(|t| t.size()[0]).collect::<Vec<_>>(), [1, 2, 3]);
+        // The lines differ, the calls do not.
+        if group.rank() == 0 {
+            group.barrier().unwrap();
+        } else {
+            group.barrier().unwrap();
+        }
+        assert_eq!(group.all_gather_object(&n).unwrap(), [1, 2, 3]);
+        let pair = group.new_group(&[0, 1]).unwrap();
+        if let Some(pair) = pair {
+            let error = pair.broadcast(&mut ones(&[1]), pair.rank()).unwrap_err();
+            assert!(error.to_string().contains("root"), "groups inherit the checking: {error}");
+        }
+    });
+}
+
+#[test]
+fn ranks_must_agree_on_checking_itself() {
+    let store = std::sync::Arc::new(tch_distributed::store::HashStore::new());
+    let errors: Vec<Option<String>> = std::thread::scope(|scope| {
+        let ranks: Vec<_> = (0..2)
+            .map(|rank| {
+                let store = store.clone();
+                scope.spawn(move || {
+                    testing::run_threads(1, |own| {
+                        own.destroy().unwrap();
+                        tch_distributed::destroy_process_group().unwrap();
+                        let options = InitOptions::new()
+                            .store(store.clone())
+                            .rank(rank)
+                            .world_size(2)
+                            .timeout(Duration::from_millis(800))
+                            .debug_detail(rank == 0);
+                        tch_distributed::init_process_group("native", options).err().map(|e| e.to_string())
+                    })
+                    .remove(0)
+                })
+            })
+            .collect();
+        ranks.into_iter().map(|r| r.join().unwrap()).collect()
+    });
+    assert!(
+        errors.iter().flatten().any(|text| text.contains("debug_detail") && text.contains("disagree")),
+        "{errors:?}"
+    );
+}

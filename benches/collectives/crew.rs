@@ -123,22 +123,45 @@ impl Crew {
 
     /// Runs a case so many times.
     pub(crate) fn run(&mut self, case: &Case, iterations: usize) -> Result<Times, String> {
+        let answers = self.ask(&format!("{iterations} {}", case.words()))?;
+        Self::slowest(&answers, 0)
+    }
+
+    /// Makes so many steps of training, and says how many bytes of parameters there are.
+    pub(crate) fn train(
+        &mut self,
+        model: &str,
+        parallel: bool,
+        steps: usize,
+    ) -> Result<(Times, usize), String> {
+        let mode = if parallel { "parallel" } else { "alone" };
+        let answers = self.ask(&format!("{steps} train {model} {mode}"))?;
+        let bytes = answers.first().and_then(|a| a.get(1)).copied().unwrap_or_default();
+        Ok((Self::slowest(&answers, 1)?, bytes as usize))
+    }
+
+    /// Sends all ranks a command; each answers with numbers, of which the first is its own.
+    fn ask(&mut self, command: &str) -> Result<Vec<Vec<u64>>, String> {
         for (_, stdin) in &mut self.members {
             let Some(stdin) = stdin else { continue };
-            writeln!(stdin, "{iterations} {}", case.words()).map_err(|e| e.to_string())?;
+            writeln!(stdin, "{command}").map_err(|e| e.to_string())?;
         }
-        let mut slowest = vec![0.0_f64; iterations];
-        let mut wrong = 0;
-        for _ in 0..self.world {
-            let line = self.answer()?;
-            let mut words = line.split(' ').skip(1).map(|w| w.parse::<u64>());
-            wrong += words.next().and_then(Result::ok).ok_or_else(|| format!("{line:?}?"))?;
-            for (slowest, nanos) in slowest.iter_mut().zip(words) {
-                let micros = nanos.map_err(|e| e.to_string())? as f64 / 1000.0;
-                *slowest = slowest.max(micros);
-            }
-        }
-        Ok(Times { micros: slowest, wrong })
+        (0..self.world)
+            .map(|_| {
+                let line = self.answer()?;
+                let numbers: Result<_, _> = line.split(' ').skip(1).map(str::parse).collect();
+                numbers.map_err(|_| format!("answered {line:?}"))
+            })
+            .collect()
+    }
+
+    /// For each iteration the slowest rank; after the count of wrong results come `extra` numbers.
+    fn slowest(answers: &[Vec<u64>], extra: usize) -> Result<Times, String> {
+        let wrong = answers.iter().filter_map(|a| a.first()).sum();
+        let times: Vec<&[u64]> = answers.iter().filter_map(|a| a.get(1 + extra..)).collect();
+        let iterations = times.iter().map(|t| t.len()).min().ok_or("nobody answered")?;
+        let slowest = |n: usize| times.iter().map(|t| t[n]).max().unwrap_or_default() as f64 / 1000.0;
+        Ok(Times { micros: (0..iterations).map(slowest).collect(), wrong })
     }
 }
 

@@ -11,6 +11,7 @@ mod options;
 mod plot;
 mod probes;
 mod report;
+mod training;
 
 use std::collections::HashMap;
 use std::process::ExitCode;
@@ -19,7 +20,7 @@ use self::cases::Case;
 use self::crew::{Crew, Engine};
 use self::options::Options;
 use self::probes::Probes;
-use self::report::{Row, median, percentile};
+use self::report::{Row, Steps, median, percentile};
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -64,6 +65,10 @@ fn run(options: &Options) -> Result<u64, String> {
         for case in options.cases() {
             eprintln!("{case}, {world} ranks");
             rows.extend(measure(&case, world, &mut crews, &probes, options)?);
+        }
+        for &model in &options.models {
+            eprintln!("training {model}, {world} ranks");
+            rows.extend(train(model, world, &mut crews, options)?);
         }
     }
     report::print(&rows);
@@ -152,4 +157,36 @@ fn measure(
         .collect();
     rows.sort_by_key(|row| options.engines.iter().position(|e| e.names() == (row.engine, row.transport)));
     Ok(rows)
+}
+
+/// Steps of data-parallel training on every engine, beside steps of the same ranks alone.
+fn train(model: &str, world: usize, crews: &mut [Crew], options: &Options) -> Result<Vec<Row>, String> {
+    const STEPS: usize = 8;
+    let mut results: HashMap<Engine, (Steps, usize)> = HashMap::new();
+    for _ in 0..options.rounds {
+        for crew in crews.iter_mut() {
+            let (alone, _) = crew.train(model, false, STEPS)?;
+            let (parallel, bytes) = crew.train(model, true, STEPS)?;
+            let (steps, size) = results.entry(crew.engine).or_default();
+            let middle = median(&parallel.micros);
+            steps.medians.push(middle);
+            steps.over_alone.push(middle / median(&alone.micros));
+            steps.all.extend(parallel.micros);
+            steps.wrong += parallel.wrong;
+            *size = bytes;
+        }
+    }
+    let gloo = results.get(&Engine::Gloo).map(|(steps, _)| steps.medians.clone());
+    Ok(options
+        .engines
+        .iter()
+        .filter_map(|&engine| {
+            let (mut steps, bytes) = results.get(&engine)?.clone();
+            steps.over_gloo = gloo.as_ref().map(|gloo| {
+                let ratios: Vec<f64> = gloo.iter().zip(&steps.medians).map(|(g, m)| g / m).collect();
+                median(&ratios)
+            });
+            Some(Row::training(model, world, engine, bytes, &steps))
+        })
+        .collect())
 }

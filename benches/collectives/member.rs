@@ -11,6 +11,7 @@ use tch_distributed as dist;
 use dist::{InitOptions, ProcessGroup};
 
 use super::cases::{Case, Tensors};
+use super::training::Training;
 
 /// The first argument of a member's command line; then the backend, and the number of threads where
 /// ranks are threads.
@@ -59,31 +60,41 @@ fn distribute(ranks: usize) -> Vec<Receiver<String>> {
     receivers
 }
 
-/// Answers each command: `ITERATIONS COLLECTIVE BYTES KIND` with `RANK WRONG NANOSECONDS…`.
+/// What the last command used, in case the next uses it again.
+#[derive(Default)]
+struct Kept {
+    tensors: Option<(Case, Tensors)>,
+    training: Option<Training>,
+}
+
+/// Answers each command: `ITERATIONS COLLECTIVE BYTES KIND` with `RANK WRONG NANOSECONDS…`, and
+/// `ITERATIONS train MODEL parallel|alone` with `RANK WRONG BYTES NANOSECONDS…`.
 fn serve(group: &ProcessGroup, lines: &Receiver<String>) {
     println!("ready");
-    let mut last: Option<(Case, Tensors)> = None;
+    let mut kept = Kept::default();
     for line in lines {
-        match answer(group, &line, &mut last) {
+        match answer(group, &line, &mut kept) {
             Ok(text) => println!("{text}"),
             Err(error) => return println!("error {error}"),
         }
     }
 }
 
-fn answer(
-    group: &ProcessGroup,
-    line: &str,
-    last: &mut Option<(Case, Tensors)>,
-) -> Result<String, Box<dyn std::error::Error>> {
+fn answer(group: &ProcessGroup, line: &str, kept: &mut Kept) -> Result<String, Box<dyn std::error::Error>> {
     let (iterations, words) = line.split_once(' ').ok_or("not a command")?;
     let iterations: usize = iterations.parse()?;
-    let case = Case::parse(words)?;
-    if last.as_ref().is_none_or(|(c, _)| *c != case) {
-        *last = None;
-        *last = Some((case, Tensors::new(case, group.size())));
+    if let Some(words) = words.strip_prefix("train ") {
+        kept.tensors = None;
+        return train(group, iterations, words, &mut kept.training);
     }
-    let Some((_, tensors)) = last else { return Err("no tensors".into()) };
+    kept.training = None;
+    let case = Case::parse(words)?;
+    if kept.tensors.as_ref().is_none_or(|(c, _)| *c != case) {
+        // The old ones go first.
+        kept.tensors = None;
+        kept.tensors = Some((case, Tensors::new(case, group.size())));
+    }
+    let Some((_, tensors)) = &mut kept.tensors else { return Err("no tensors".into()) };
     let wrong = u64::from(!tensors.verify(group)?);
     let mut text = format!("{} {wrong}", group.rank());
     for _ in 0..iterations {
@@ -93,4 +104,25 @@ fn answer(
         text += &format!(" {}", start.elapsed().as_nanos());
     }
     Ok(text)
+}
+
+fn train(
+    group: &ProcessGroup,
+    steps: usize,
+    words: &str,
+    kept: &mut Option<Training>,
+) -> Result<String, Box<dyn std::error::Error>> {
+    let (model, mode) = words.split_once(' ').ok_or("not a command")?;
+    let parallel = mode == "parallel";
+    if kept.as_ref().is_none_or(|t| !t.is(model, parallel)) {
+        *kept = None;
+        let mut training = Training::new(model, parallel, group)?;
+        training.step(group)?;
+        *kept = Some(training);
+    }
+    let Some(training) = kept else { return Err("no model".into()) };
+    let times: Vec<String> =
+        (0..steps).map(|_| training.step(group).map(|t| t.to_string())).collect::<Result<_, _>>()?;
+    let wrong = u64::from(!training.agrees(group)?);
+    Ok(format!("{} {wrong} {} {}", group.rank(), training.bytes(), times.join(" ")))
 }

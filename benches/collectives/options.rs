@@ -6,15 +6,17 @@ use tch::Kind;
 
 use super::cases::{COLLECTIVES, Case, Collective, KINDS};
 use super::crew::{ENGINES, Engine};
+use super::training::MODELS;
 
 const USAGE: &str = "\
 cargo xtask bench [options]
   --collectives LIST  of all_reduce, reduce, broadcast, all_gather, gather, scatter, reduce_scatter,
-                      all_to_all, send_recv, barrier (all of them)
+                      all_to_all, send_recv, barrier; or none (all of them)
   --sizes LIST        bytes of the larger buffer, with K, M or G (4,4K,64K,1M,16M,64M)
   --kinds LIST        of f32, f64, f16, bf16, i32, u8 (f32)
   --worlds LIST       numbers of ranks (2)
   --engines LIST      of native/shm, native/tcp, native/threads, gloo/tcp (all there are)
+  --train LIST        of mlp_25m, gpt_10m: steps of data-parallel training beside steps alone (none)
   --rounds N          interleaved rounds (7)
   --json FILE         the results, an array of objects
   --svg FILE          a plot of them
@@ -27,6 +29,8 @@ pub(crate) struct Options {
     kinds: Vec<Kind>,
     pub(crate) worlds: Vec<usize>,
     pub(crate) engines: Vec<Engine>,
+    /// Which models to train.
+    pub(crate) models: Vec<&'static str>,
     pub(crate) rounds: usize,
     /// How long an engine runs a case in one round.
     pub(crate) round_millis: u64,
@@ -42,6 +46,7 @@ impl Options {
             kinds: vec![Kind::Float],
             worlds: vec![2],
             engines: ENGINES.to_vec(),
+            models: Vec::new(),
             rounds: 7,
             round_millis: 60,
             json: None,
@@ -57,11 +62,17 @@ impl Options {
                 }
                 // cargo adds this one.
                 "--bench" => {}
-                "--collectives" => options.collectives = list(value()?, |v| v.parse())?,
+                "--collectives" => {
+                    options.collectives = match value()?.as_str() {
+                        "none" => Vec::new(),
+                        names => list(names, str::parse)?,
+                    }
+                }
                 "--sizes" => options.sizes = list(value()?, size)?,
                 "--kinds" => options.kinds = list(value()?, kind)?,
                 "--worlds" => options.worlds = list(value()?, number)?,
                 "--engines" => options.engines = list(value()?, engine)?,
+                "--train" => options.models = list(value()?, model)?,
                 "--rounds" => options.rounds = number(value()?)?,
                 "--json" => options.json = Some(value()?.into()),
                 "--svg" => options.svg = Some(value()?.into()),
@@ -123,4 +134,8 @@ fn kind(text: &str) -> Result<Kind, String> {
 
 fn engine(text: &str) -> Result<Engine, String> {
     ENGINES.into_iter().find(|e| e.to_string() == text).ok_or_else(|| format!("{text:?} is no engine"))
+}
+
+fn model(text: &str) -> Result<&'static str, String> {
+    MODELS.into_iter().find(|m| *m == text).ok_or_else(|| format!("{text:?} is no model"))
 }

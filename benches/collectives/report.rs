@@ -60,6 +60,42 @@ impl Row {
     }
 }
 
+impl Row {
+    /// A step of data-parallel training; `ratio_floor` is over stepping alone at the same time.
+    pub(crate) fn training(model: &str, world: usize, engine: Engine, bytes: usize, steps: &Steps) -> Self {
+        let (engine, transport) = engine.names();
+        let median_us = median(&steps.medians);
+        let algbw_gbs = bytes as f64 / median_us / 1000.0;
+        Self {
+            collective: if model.starts_with("mlp") { "ddp_mlp_25m" } else { "ddp_gpt_10m" },
+            bytes,
+            count: bytes / 4,
+            kind: "f32",
+            world,
+            engine,
+            transport,
+            median_us,
+            p99_us: percentile(&steps.all, 0.99),
+            algbw_gbs,
+            busbw_gbs: algbw_gbs * 2.0 * (world as f64 - 1.0) / world as f64,
+            ratio_gloo: steps.over_gloo,
+            ratio_floor: median(&steps.over_alone),
+            wrong: steps.wrong,
+        }
+    }
+}
+
+/// What was measured of training on one engine.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Steps {
+    /// The medians of the rounds, in microseconds.
+    pub(crate) medians: Vec<f64>,
+    pub(crate) all: Vec<f64>,
+    pub(crate) over_alone: Vec<f64>,
+    pub(crate) over_gloo: Option<f64>,
+    pub(crate) wrong: u64,
+}
+
 pub(crate) fn median(values: &[f64]) -> f64 {
     percentile(values, 0.5)
 }

@@ -121,7 +121,10 @@ fn measure(args: &Args, case: Case, file: &Path) -> Outcome {
         measured.memory = all.iter().map(|a| a.0).fold(0.0, f64::max);
         measured.bubble = if pipeline > 1 { all.iter().map(|a| a.1).fold(0.0, f64::max) } else { 0.0 };
         measured.gradients = all.iter().map(|a| a.2 as usize * 4).sum::<usize>() / data;
-        measured.link = (world.size() > 1).then_some((link.latency, link.bandwidth, link.combine));
+        // JSON has no infinity, and a fit may find one.
+        let finite = |x: f64| x.min(f64::MAX);
+        let parts = (link.latency, finite(link.bandwidth), finite(link.combine));
+        measured.link = (world.size() > 1).then_some(parts);
         std::fs::write(file, serde_json::to_vec(&measured)?)?;
     }
     Ok(dist::destroy_process_group()?)

@@ -21,7 +21,7 @@ fn be_a_stage() -> ! {
     let stage = Stage::new(nn::linear(vs.root(), 4, 4, Default::default()));
     let pipeline = Pipeline::new(vec![stage], 4, Schedule::OneFOneB, &group).unwrap();
     let xs = Tensor::ones([8, 4], (Kind::Float, Device::Cpu));
-    let mut step =
+    let step =
         || pipeline.step(Some(&xs), Some(&xs), |ys: &Tensor, ts: &Tensor| ys.mse_loss(ts, Reduction::Mean));
     step().unwrap();
     println!("training");

@@ -157,7 +157,7 @@ impl<'a> Log<'a> {
 
     fn step(&mut self, step: usize, loss: f64) -> Outcome {
         self.losses.push(loss);
-        if self.reports && (step % 20 == 0 || step + 1 == self.args.steps) {
+        if self.reports && (step.is_multiple_of(20) || step + 1 == self.args.steps) {
             let tokens = (step as i64 + 1) * self.args.batch * self.args.context;
             let rate = tokens as f64 / self.begun.elapsed().as_secs_f64();
             println!("step {step:4}  loss {loss:.3}  {rate:.0} tokens/s");

@@ -58,7 +58,7 @@ pub(crate) struct Times {
 }
 
 impl Crew {
-    pub(crate) fn start(engine: Engine, world: usize) -> Result<Self, String> {
+    pub(crate) fn start(engine: Engine, world: usize, pin: bool) -> Result<Self, String> {
         let (backend, transport) = engine.names();
         if !dist::is_backend_available(backend) {
             return Err(format!("{backend} is not available"));
@@ -79,6 +79,10 @@ impl Crew {
                 Engine::SharedMemory | Engine::Tcp => {
                     drop(command.env("TCH_DISTRIBUTED_TRANSPORT", transport))
                 }
+            }
+            // Gloo's own threads would share the core of their rank.
+            if pin && engine != Engine::Gloo {
+                command.env(member::PIN, "1");
             }
             if engine == Engine::Gloo {
                 command.env("GLOO_SOCKET_IFNAME", "lo");

@@ -56,7 +56,7 @@ fn run(options: &Options) -> Result<u64, String> {
     for &world in &options.worlds {
         let mut crews = Vec::new();
         for &engine in &options.engines {
-            match Crew::start(engine, world) {
+            match Crew::start(engine, world, options.pin) {
                 Ok(crew) => crews.push(crew),
                 Err(reason) => eprintln!("{engine} with {world} ranks is left out: {reason}"),
             }

@@ -13,6 +13,21 @@ use dist::{InitOptions, ProcessGroup};
 use super::cases::{Case, Tensors};
 use super::training::Training;
 
+/// Says that each rank stays on a core of its own.
+pub(crate) const PIN: &str = "TCH_DISTRIBUTED_BENCH_PIN";
+
+/// Keeps the calling rank on a core, where there are enough: as MPI's launchers do.
+fn pin(rank: usize, world: usize) {
+    let Ok(allowed) = rustix::thread::sched_getaffinity(None) else { return };
+    let cores: Vec<usize> = (0..rustix::thread::CpuSet::MAX_CPU).filter(|&c| allowed.is_set(c)).collect();
+    if std::env::var_os(PIN).is_some() && world <= cores.len() {
+        let mut own = rustix::thread::CpuSet::new();
+        own.set(cores[rank]);
+        // A rank that floats measures all the same.
+        let _ = rustix::thread::sched_setaffinity(None, &own);
+    }
+}
+
 /// The first argument of a member's command line; then the backend, and the number of threads where
 /// ranks are threads.
 pub(crate) const COMMAND: &str = "member";
@@ -70,6 +85,7 @@ struct Kept {
 /// Answers each command: `ITERATIONS COLLECTIVE BYTES KIND` with `RANK WRONG NANOSECONDS…`, and
 /// `ITERATIONS train MODEL parallel|alone` with `RANK WRONG BYTES NANOSECONDS…`.
 fn serve(group: &ProcessGroup, lines: &Receiver<String>) {
+    pin(group.rank(), group.size());
     println!("ready");
     let mut kept = Kept::default();
     for line in lines {

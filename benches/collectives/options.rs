@@ -18,6 +18,7 @@ cargo xtask bench [options]
   --engines LIST      of native/shm, native/tcp, native/threads, gloo/tcp (all there are)
   --train LIST        of mlp_25m, gpt_10m: steps of data-parallel training beside steps alone (none)
   --rounds N          interleaved rounds (7)
+  --float             ranks may change cores (else each native rank stays on one, where there are enough)
   --json FILE         the results, an array of objects
   --svg FILE          a plot of them
   --quick             a few sizes and rounds, to see that it works";
@@ -34,6 +35,7 @@ pub(crate) struct Options {
     pub(crate) rounds: usize,
     /// How long an engine runs a case in one round.
     pub(crate) round_millis: u64,
+    pub(crate) pin: bool,
     pub(crate) json: Option<PathBuf>,
     pub(crate) svg: Option<PathBuf>,
 }
@@ -49,6 +51,7 @@ impl Options {
             models: Vec::new(),
             rounds: 7,
             round_millis: 60,
+            pin: true,
             json: None,
             svg: None,
         };
@@ -74,6 +77,7 @@ impl Options {
                 "--engines" => options.engines = list(value()?, engine)?,
                 "--train" => options.models = list(value()?, model)?,
                 "--rounds" => options.rounds = number(value()?)?,
+                "--float" => options.pin = false,
                 "--json" => options.json = Some(value()?.into()),
                 "--svg" => options.svg = Some(value()?.into()),
                 "--quick" => {

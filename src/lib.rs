@@ -62,7 +62,7 @@
 //! Names are PyTorch's, and the search box finds its other names too (`get_rank`, `all_gather_single`). What differs:
 //! ranks given to a method of a group are ranks *within that group*; asynchronous forms are functions of their own
 //! (`all_reduce_async`) in place of `async_op=True`; errors are returned; `native` results are bit-identical on all
-//! ranks and from run to run.
+//! ranks and from run to run. [`migration`] goes through it function by function.
 
 #![deny(missing_docs)]
 
@@ -75,6 +75,7 @@ pub mod functional;
 pub mod launch;
 mod libtorch;
 pub mod metrics;
+pub mod migration;
 pub mod model_parallel;
 mod notice;
 pub mod process_group;

@@ -12,6 +12,7 @@ mod plain_backend;
 mod product;
 mod programs;
 mod suite;
+mod tables;
 mod whole;
 
 use suite::suites;

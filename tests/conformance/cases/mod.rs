@@ -6,6 +6,7 @@ mod failures;
 mod groups;
 mod messages;
 mod objects;
+mod ported;
 mod tensors;
 mod values;
 
@@ -38,6 +39,7 @@ pub fn all(failures: bool) -> Vec<&'static NamedCase> {
         groups::CASES,
         messages::CASES,
         objects::CASES,
+        ported::CASES,
         tensors::CASES,
         values::CASES,
     ]

@@ -29,7 +29,8 @@ pub(super) struct Machine<'a> {
     /// How many bytes this rank contributes.
     bytes: usize,
     phase: Phase,
-    stages: Option<Stages>,
+    /// Boxed, so that a small call does not carry it around.
+    stages: Option<Box<Stages>>,
 }
 
 enum Phase {
@@ -58,6 +59,7 @@ struct Position {
 unsafe impl Send for Machine<'_> {}
 
 impl<'a> Machine<'a> {
+    #[inline(always)]
     pub(super) fn new(inner: &Inner, call: Call<'a>, stamp: Stamp) -> Result<Self> {
         let reducer = match call.op.reduce_op() {
             Some(op) => Some(
@@ -153,7 +155,7 @@ impl<'a> Machine<'a> {
         } else {
             let stages = Stages::new(&self.call, rank, ranks, segment.layout.chunk);
             steps = stages.steps;
-            self.stages = Some(stages);
+            self.stages = Some(Box::new(stages));
         }
         if by_rank(self.call.op) {
             let sizes = segment.sizes(rank, self.round);
@@ -306,7 +308,8 @@ impl<'a> Machine<'a> {
 
     fn begin_steps(&mut self, inner: &Inner, steps: usize) {
         let (rank, ranks, chunk) = (inner.rank, inner.ranks(), inner.segment.layout.chunk);
-        let stages = self.stages.take().unwrap_or_else(|| Stages::new(&self.call, rank, ranks, chunk));
+        let stages = self.stages.take();
+        let stages = stages.unwrap_or_else(|| Box::new(Stages::new(&self.call, rank, ranks, chunk)));
         if let Some((from, to)) = &stages.local {
             copy_local(
                 &stages.lists[from.list],

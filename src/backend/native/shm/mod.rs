@@ -106,6 +106,7 @@ impl Inner {
         (0..self.ranks()).filter(|&r| r != self.rank).map(|r| self.bell_of(r))
     }
 
+    #[inline(always)]
     fn begin<'a>(&self, call: Call<'a>, stamp: Stamp) -> Result<Machine<'a>> {
         // A call that cannot be made has no number: nothing of it is seen by the others.
         let mut machine = Machine::new(self, call, stamp)?;

@@ -101,8 +101,75 @@ fn digits_are_learnt_and_a_resumed_run_ends_as_one_that_never_stopped() {
 }
 
 #[test]
+<<<<<<< HEAD
 fn a_backend_of_our_own_compresses_around_the_native_one() {
     let text = said("custom_backend", &[]);
     assert!(text.contains("all_reduce(Sum) of 8 bytes of Float"), "{text}");
     assert!(text.ends_with("a backend of our own summed in bf16 on three ranks\n"), "{text}");
+=======
+fn aggregated_metrics_and_a_spread_fleet_are_those_of_one_process() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("picture").display().to_string();
+    // Both assert themselves that the figures agree and that the work grows as they say.
+    let text = said("aggregate_metrics", &["--nproc", "3", "--batches", "8", "--out", &out]);
+    assert!(text.contains("expected: time grows as batches"), "{text}");
+    let text = said("update_fleet", &["--nproc", "2", "--models", "4", "--batches", "4", "--out", &out]);
+    assert!(text.contains("expected: work grows as models × batches"), "{text}");
+    assert!(std::fs::read_to_string(folder.path().join("picture.svg")).unwrap().contains("models"));
+    assert!(std::fs::metadata(folder.path().join("picture.png")).unwrap().len() > 0);
+}
+
+#[test]
+fn the_scaling_report_says_where_more_workers_hurt() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("scaling").display().to_string();
+    let text = said(
+        "scaling_report",
+        &["--nproc", "2", "--rounds", "1", "--steps", "1", "--width", "64", "--batch", "64", "--out", &out],
+    );
+    assert!(text.contains("one more makes the step longer"), "{text}");
+}
+
+#[test]
+fn a_gpt_trains_on_a_mesh_and_says_its_loss_last() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().display().to_string();
+    let small =
+        ["--dp", "2", "--tp", "2", "--steps", "2", "--batch", "8", "--context", "16", "--width", "16"];
+    let text = said(
+        "train_gpt",
+        &[&small[..], &["--layers", "2", "--heads", "2", "--sample", "8", "--out", &out]].concat(),
+    );
+    assert!(text.lines().last().unwrap().starts_with("final loss: "), "{text}");
+}
+
+#[test]
+fn every_way_to_be_parallel_is_compared() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().display().to_string();
+    let text = said(
+        "compare_parallelism",
+        &["--quick", "--workers", "2", "--steps", "1", "--layers", "2", "--out", &out],
+    );
+    for way in ["data", "tensor", "pipeline"] {
+        assert!(text.contains(way), "{text}");
+    }
+}
+
+#[test]
+fn no_example_is_left_out_here() {
+    // This one wants PyTorch on the other side: `cargo xtask interop` runs it.
+    let elsewhere = ["interop"];
+    for entry in std::fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("examples")).unwrap() {
+        let path = entry.unwrap().path();
+        let name = path.file_stem().unwrap().to_str().unwrap().to_owned();
+        let is_example = path.extension().is_some_and(|e| e == "rs") || path.join("main.rs").exists();
+        if is_example && !elsewhere.contains(&name.as_str()) {
+            assert!(
+                include_str!("examples.rs").contains(&format!("\"{name}\"")),
+                "no test runs the example {name}"
+            );
+        }
+    }
+>>>>>>> 4b33514 (cargo xtask hosts: the suite between two network namespaces and a cut cable; every example under test; CI with both and nccl)
 }

@@ -2,8 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
+use std::time::Duration;
 
-use tch_distributed::{destroy_process_group, init_process_group, testing};
+use tch_distributed::{InitOptions, destroy_process_group, init_process_group, testing};
 
 use super::model::KINDS;
 use super::product::{self, Case};
@@ -18,19 +19,28 @@ fn the_product_as_a_table() {
     let backend = from_environment("TCHD_CONFORMANCE_BACKEND", "native");
     let size: usize = from_environment("TCHD_CONFORMANCE_WORLD", "2").parse().expect("a number of ranks");
     // Without being asked for all of it, as many as show that every pair of factors works.
-    let asked = std::env::var_os("TCHD_CONFORMANCE_WORLD").is_some();
+    let limit = std::env::var("TCHD_CONFORMANCE_TIMEOUT").ok();
+    let asked = std::env::var_os("TCHD_CONFORMANCE_WORLD").is_some() || limit.is_some();
     let cases = if asked { product::whole() } else { product::pairwise() };
-    if from_environment("TCHD_CONFORMANCE_RANKS", "threads") == "processes" {
-        testing::run_processes(size, "the_product_as_a_table", || {
-            let group = init_process_group(backend.as_str(), Default::default()).unwrap();
-            let failures = suite::product_on(&group, &cases);
-            if group.rank() == 0 {
-                println!("{}", table(&cases, &failures));
-            }
-            suite::assert_no_failures(&failures, &backend, size);
-            destroy_process_group().unwrap();
-        });
-        return;
+    let as_a_process = || {
+        let limit = limit
+            .as_deref()
+            .map_or(suite::LIMIT, |text| Duration::from_secs(text.parse().expect("a number of seconds")));
+        let group = init_process_group(backend.as_str(), InitOptions::new().timeout(limit)).unwrap();
+        let failures = suite::product_on(&group, &cases);
+        if group.rank() == 0 {
+            println!("{}", table(&cases, &failures));
+        }
+        suite::assert_no_failures(&failures, &backend, group.size());
+        destroy_process_group().unwrap();
+    };
+    match from_environment("TCHD_CONFORMANCE_RANKS", "threads").as_str() {
+        "processes" => return testing::run_processes(size, "the_product_as_a_table", as_a_process),
+        // A launcher has started this process as one of the ranks: the suite once, or the product with a
+        // time limit of its own.
+        "launched" if limit.is_none() => return suite::run_in_process(&backend, true),
+        "launched" => return as_a_process(),
+        _ => {}
     }
     let failures = suite::world(&backend, size, |group| suite::product_on(&group, &cases)).concat();
     println!("{backend}, {size} ranks as threads\n{}", table(&cases, &failures));

@@ -8,6 +8,7 @@ mod cargo;
 mod ci;
 mod conformance;
 mod demo;
+mod hosts;
 mod interop;
 mod locate;
 mod pip;
@@ -34,6 +35,7 @@ const COMMANDS: &[Command] = &[
     Command { name: "demo", about: demo::ABOUT, run: demo::run },
     Command { name: "test", about: test::ABOUT, run: test::run },
     Command { name: "conformance", about: conformance::ABOUT, run: conformance::run },
+    Command { name: "hosts", about: hosts::ABOUT, run: hosts::run },
     Command { name: "bench", about: bench::ABOUT, run: bench::run },
     Command { name: "interop", about: interop::ABOUT, run: interop::run },
     Command { name: "ci", about: ci::ABOUT, run: ci::run },

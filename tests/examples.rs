@@ -101,12 +101,13 @@ fn digits_are_learnt_and_a_resumed_run_ends_as_one_that_never_stopped() {
 }
 
 #[test]
-<<<<<<< HEAD
 fn a_backend_of_our_own_compresses_around_the_native_one() {
     let text = said("custom_backend", &[]);
     assert!(text.contains("all_reduce(Sum) of 8 bytes of Float"), "{text}");
     assert!(text.ends_with("a backend of our own summed in bf16 on three ranks\n"), "{text}");
-=======
+}
+
+#[test]
 fn aggregated_metrics_and_a_spread_fleet_are_those_of_one_process() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("picture").display().to_string();
@@ -171,5 +172,4 @@ fn no_example_is_left_out_here() {
             );
         }
     }
->>>>>>> 4b33514 (cargo xtask hosts: the suite between two network namespaces and a cut cable; every example under test; CI with both and nccl)
 }

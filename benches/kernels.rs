@@ -11,7 +11,7 @@ use tch_distributed::ReduceOp;
 use dist::InitOptions;
 
 // The kernels are no part of the public API: this is their source.
-#[allow(dead_code, unreachable_pub, reason = "the library uses all of it")]
+#[allow(dead_code, unreachable_pub, unused_imports, reason = "the library uses all of it")]
 #[path = "../src/backend/native/kernels/mod.rs"]
 mod kernels;
 

@@ -35,7 +35,7 @@ pub(crate) fn emit(libtorch: &Libtorch) -> Result<(), String> {
 
 fn point(link: &Path, target: &Path) -> io::Result<()> {
     match fs::remove_file(link) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => symlink(target, link),
     }
 }

@@ -134,7 +134,7 @@ fn process(
         // Train a classifier of its own, from weights that every process makes alike.
         let vs = nn::VarStore::new(Device::Cpu);
         let model = nn::linear(
-            &vs.root(),
+            vs.root(),
             64,
             10,
             nn::LinearConfig {

@@ -70,7 +70,7 @@ impl Deployed {
             bs_init: Some(Init::Const(0.0)),
             ..Default::default()
         };
-        let net = nn::linear(&vs.root(), 64, 10, config);
+        let net = nn::linear(vs.root(), 64, 10, config);
         Self { vs, net }
     }
 

@@ -166,7 +166,7 @@ pub enum Error {
     Poisoned {
         /// The first failure.
         #[source]
-        cause: Arc<Error>,
+        cause: Arc<Self>,
     },
     /// The group was aborted.
     #[error("the process group was aborted")]

@@ -65,6 +65,7 @@
 //! ranks and from run to run. [`migration`] goes through it function by function.
 
 #![deny(missing_docs)]
+#![warn(unreachable_pub)]
 
 pub mod autograd;
 pub mod backend;

@@ -70,7 +70,7 @@ impl FromStr for Collective {
 
     fn from_str(name: &str) -> Result<Self, String> {
         COLLECTIVES.into_iter().find(|c| c.name() == name).ok_or_else(|| {
-            format!("{name:?} is no collective: known are {}", COLLECTIVES.map(Collective::name).join(", "))
+            format!("{name:?} is no collective: known are {}", COLLECTIVES.map(Self::name).join(", "))
         })
     }
 }

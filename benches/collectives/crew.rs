@@ -74,10 +74,12 @@ impl Crew {
             let mut command = Command::new(&program);
             command.args([member::COMMAND, backend]);
             match engine {
-                Engine::Threads => drop(command.arg(world.to_string())),
+                Engine::Threads => {
+                    command.arg(world.to_string());
+                }
                 Engine::Gloo => {}
                 Engine::SharedMemory | Engine::Tcp => {
-                    drop(command.env("TCH_DISTRIBUTED_TRANSPORT", transport))
+                    command.env("TCH_DISTRIBUTED_TRANSPORT", transport);
                 }
             }
             // Gloo's own threads would share the core of their rank.

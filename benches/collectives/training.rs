@@ -93,7 +93,7 @@ impl Training {
     }
 }
 
-fn mlp(p: &nn::Path<'_>) -> impl Module + Send + use<> {
+fn mlp(p: &nn::Path<'_>) -> impl Module + use<> {
     let linear = |name: &str, from, to| nn::linear(p / name, from, to, nn::LinearConfig::default());
     nn::seq()
         .add(linear("a", 1024, 2048))

@@ -19,7 +19,7 @@ use tch::{Device, Kind};
 pub use call::{Buffer, Call, Direction, Op, Segment, Segments, Transfer, segment_numel};
 pub(crate) use completion::Ticket;
 pub use completion::{Completion, Receipt};
-pub(crate) use registry::{factory, known_backends};
+pub(crate) use registry::factory;
 pub use registry::{is_backend_available, register_backend};
 
 use crate::store::Store;

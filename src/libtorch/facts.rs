@@ -2,7 +2,7 @@
 
 use tch::{Device, Kind, Tensor};
 
-#[allow(unreachable_pub, clippy::undocumented_unsafe_blocks)]
+#[allow(unreachable_pub, unused_qualifications, clippy::undocumented_unsafe_blocks)]
 #[cxx::bridge(namespace = "tchd")]
 mod ffi {
     #[derive(Clone, Copy, Debug)]

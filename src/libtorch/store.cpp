@@ -1,7 +1,6 @@
 #include "tch-distributed/src/libtorch/store.rs.h"
 
 #include <torch/csrc/distributed/c10d/FileStore.hpp>
-#include <torch/csrc/distributed/c10d/HashStore.hpp>
 #include "store_parts.h"
 
 namespace tchd {
@@ -191,10 +190,6 @@ std::unique_ptr<StoreHandle> tcp_store(
 
 std::unique_ptr<StoreHandle> file_store(rust::Str path, std::int32_t workers) {
   return handle(c10::make_intrusive<c10d::FileStore>(std::string(path), workers));
-}
-
-std::unique_ptr<StoreHandle> hash_store() {
-  return handle(c10::make_intrusive<c10d::HashStore>());
 }
 
 std::unique_ptr<StoreHandle> rust_store(rust::Box<RustStore> store, std::int64_t timeout_ms) {

@@ -43,6 +43,5 @@ std::unique_ptr<StoreHandle> tcp_store(
     bool multi_tenant,
     std::int64_t timeout_ms);
 std::unique_ptr<StoreHandle> file_store(rust::Str path, std::int32_t workers);
-std::unique_ptr<StoreHandle> hash_store();
 std::unique_ptr<StoreHandle> rust_store(rust::Box<RustStore> store, std::int64_t timeout_ms);
 } // namespace tchd

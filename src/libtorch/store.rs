@@ -46,7 +46,6 @@ pub(super) mod ffi {
             timeout_ms: i64,
         ) -> Result<UniquePtr<StoreHandle>>;
         fn file_store(path: &str, workers: i32) -> Result<UniquePtr<StoreHandle>>;
-        fn hash_store() -> Result<UniquePtr<StoreHandle>>;
         fn rust_store(store: Box<RustStore>, timeout_ms: i64) -> Result<UniquePtr<StoreHandle>>;
         fn share(store: &StoreHandle) -> Result<UniquePtr<StoreHandle>>;
         fn port(self: &StoreHandle) -> Result<u16>;
@@ -136,11 +135,6 @@ impl C10dStore {
     pub(crate) fn file(path: &str, num_workers: Option<usize>) -> Text<Self> {
         let workers = num_workers.map_or(-1, |n| i32::try_from(n).unwrap_or(i32::MAX));
         Self::one(ffi::file_store(path, workers))
-    }
-
-    /// A `HashStore`.
-    pub(crate) fn hash() -> Text<Self> {
-        Self::one(ffi::hash_store())
     }
 
     /// Any store as one that libtorch can call.
@@ -397,11 +391,6 @@ mod tests {
         let client = client(server.port().unwrap());
         assert_eq!(client.get("after").unwrap(), b"a timeout");
         assert!(server.delete("after").unwrap());
-    }
-
-    #[test]
-    fn a_hash_store_does_every_operation() {
-        exercise(&C10dStore::hash().unwrap());
     }
 
     #[test]

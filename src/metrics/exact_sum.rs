@@ -88,13 +88,13 @@ impl ExactSum {
             }
         }
         // A tie is broken by what lies below it.
-        if let Some(next) = partials.next() {
-            if (low < 0.0 && next < 0.0) || (low > 0.0 && next > 0.0) {
-                let y = low * 2.0;
-                let x = high + y;
-                if y == x - high {
-                    high = x;
-                }
+        if let Some(next) = partials.next()
+            && ((low < 0.0 && next < 0.0) || (low > 0.0 && next > 0.0))
+        {
+            let y = low * 2.0;
+            let x = high + y;
+            if y == x - high {
+                high = x;
             }
         }
         high

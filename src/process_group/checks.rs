@@ -6,7 +6,7 @@ use smallvec::SmallVec;
 use tch::{Kind, Tensor};
 
 use super::ReduceOp;
-use crate::libtorch::{Facts, NoFacts, facts};
+use crate::libtorch::{Facts, NoFacts, facts, overlaps_itself};
 use crate::{Error, Result};
 
 /// A tensor of a call, looked at once.
@@ -189,7 +189,7 @@ pub(super) fn disjoint(outputs: &[Seen<'_>]) -> Result<()> {
             let begin = seen.facts.data as usize;
             extents.push((begin, begin + extent(seen), i));
         }
-        if !seen.facts.plain && overlaps_itself(seen) {
+        if !seen.facts.plain && overlaps_itself(seen.tensor)? {
             return Err(Error::invalid(
                 seen.argument,
                 "elements of the output share memory with one another",
@@ -200,10 +200,7 @@ pub(super) fn disjoint(outputs: &[Seen<'_>]) -> Result<()> {
     let crossing = |a: &(usize, usize, usize), b: &(usize, usize, usize)| {
         b.0 < a.1 && outputs[a.2].facts.device == outputs[b.2].facts.device
     };
-    let mut widest = match extents.first() {
-        Some(&first) => first,
-        None => return Ok(()),
-    };
+    let Some(&(mut widest)) = extents.first() else { return Ok(()) };
     let mut certain = false;
     let mut possible = false;
     for next in &extents[1..] {
@@ -230,23 +227,6 @@ pub(super) fn extent(seen: &Seen<'_>) -> usize {
     let (shape, strides) = (seen.tensor.size(), seen.tensor.stride());
     let last: i64 = shape.iter().zip(&strides).map(|(n, s)| (n - 1) * s).sum();
     (last as usize + 1) * element
-}
-
-fn overlaps_itself(seen: &Seen<'_>) -> bool {
-    let mut dims: Vec<(i64, i64)> =
-        seen.tensor.stride().into_iter().zip(seen.tensor.size()).filter(|&(_, n)| n != 1).collect();
-    if dims.iter().any(|&(_, n)| n == 0) {
-        return false;
-    }
-    dims.sort_unstable();
-    // Where each stride steps over all that the smaller ones reach, no two elements meet.
-    let mut reach = 0;
-    let nested = dims.iter().all(|&(stride, n)| {
-        let free = stride > reach;
-        reach += stride * (n - 1);
-        free
-    });
-    !nested && share_elements(std::slice::from_ref(seen))
 }
 
 /// Whether any two elements of these tensors lie at one address: all are looked at.

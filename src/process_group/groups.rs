@@ -267,7 +267,7 @@ impl ProcessGroup {
     /// ```
     pub fn new_subgroups(&self, group_size: usize) -> Result<(Self, Vec<Vec<usize>>)> {
         let size = self.size();
-        if group_size == 0 || size % group_size != 0 {
+        if group_size == 0 || !size.is_multiple_of(group_size) {
             return Err(Error::invalid(
                 "group_size",
                 format!("must divide the number of ranks, {size}; got {group_size}"),

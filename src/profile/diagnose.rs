@@ -82,7 +82,7 @@ pub fn diagnose(dumps: &[FlightDump]) -> Diagnosis {
         out.suspects.push(rank);
         out.findings.push(format!("rank {rank} left no record: it was killed, or never started"));
     }
-    let mut groups: BTreeMap<(&str, &[usize]), Vec<(&FlightDump, &GroupRecord)>> = BTreeMap::new();
+    let mut groups: BTreeMap<(&str, &[usize]), Vec<Record<'_>>> = BTreeMap::new();
     for dump in dumps {
         for group in &dump.groups {
             groups.entry((&group.name, &group.ranks)).or_default().push((dump, group));
@@ -99,12 +99,15 @@ pub fn diagnose(dumps: &[FlightDump]) -> Diagnosis {
     out
 }
 
+/// A rank's record of a group, with the dump it comes from.
+type Record<'a> = (&'a FlightDump, &'a GroupRecord);
+
 /// The last collective of a rank.
 fn last(group: &GroupRecord) -> Option<&FlightEntry> {
     group.entries.iter().filter(|e| e.activity.is_collective()).max_by_key(|e| e.seq)
 }
 
-fn examine(name: &str, records: &[(&FlightDump, &GroupRecord)], out: &mut Diagnosis) {
+fn examine(name: &str, records: &[Record<'_>], out: &mut Diagnosis) {
     disagreements(name, records, out);
     let Some(furthest) = records.iter().filter_map(|(_, g)| last(g)).map(|e| e.seq).max() else { return };
     let waiting: Vec<_> = records
@@ -167,7 +170,7 @@ fn seconds(now: u64, then: u64) -> f64 {
 }
 
 /// The first collective at which ranks called different things.
-fn disagreements(name: &str, records: &[(&FlightDump, &GroupRecord)], out: &mut Diagnosis) {
+fn disagreements(name: &str, records: &[Record<'_>], out: &mut Diagnosis) {
     let mut calls: BTreeMap<u64, Vec<(usize, &FlightEntry)>> = BTreeMap::new();
     for (dump, group) in records {
         for entry in group.entries.iter().filter(|e| e.activity.is_collective()) {
@@ -213,7 +216,7 @@ mod tests {
     use super::*;
 
     fn entry(seq: u64, activity: Activity, state: State) -> FlightEntry {
-        let ended_ns = if state == State::Completed { seq * 1_000_000_000 + 500 } else { 0 };
+        let ended_ns = if state == Completed { seq * 1_000_000_000 + 500 } else { 0 };
         let site = format!("train.rs:{}", 10 + seq);
         FlightEntry { seq, activity, bytes: 4, state, started_ns: seq * 1_000_000_000, ended_ns, site }
     }

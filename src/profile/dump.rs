@@ -89,11 +89,10 @@ pub(crate) fn dump_on_signal(rank: &Arc<RankInstrument>, number: usize, world_si
         let wait = move || {
             for _ in signals.forever() {
                 for (rank, number, world_size) in RANKS.lock().iter() {
-                    if let Some(rank) = rank.upgrade() {
-                        if let Err(error) = write(&rank, *number, *world_size, "SIGUSR1", Path::new(&folder))
-                        {
-                            tracing::warn!(%error, "the flight record could not be written");
-                        }
+                    if let Some(rank) = rank.upgrade()
+                        && let Err(error) = write(&rank, *number, *world_size, "SIGUSR1", Path::new(&folder))
+                    {
+                        tracing::warn!(%error, "the flight record could not be written");
                     }
                 }
             }

@@ -114,13 +114,15 @@ fn rank_report(rank: &RankEvents) -> RankReport {
 
 /// For each collective: who called last, and how long others were blocked until then.
 fn stragglers(events: &[RankEvents], reports: &mut [RankReport]) {
-    let mut calls: BTreeMap<(&str, u64), Vec<(usize, u64, u64)>> = BTreeMap::new();
+    // Of each collective of each group: who called, from when to when.
+    type Calls = Vec<(usize, u64, u64)>;
+    let mut calls: BTreeMap<(&str, u64), Calls> = BTreeMap::new();
     for (index, rank) in events.iter().enumerate() {
         for span in &rank.spans {
-            if let Event::Communication { activity, group, seq, .. } = &span.event {
-                if activity.is_collective() {
-                    calls.entry((group, *seq)).or_default().push((index, span.from_ns, span.to_ns));
-                }
+            if let Event::Communication { activity, group, seq, .. } = &span.event
+                && activity.is_collective()
+            {
+                calls.entry((group, *seq)).or_default().push((index, span.from_ns, span.to_ns));
             }
         }
     }

@@ -146,7 +146,7 @@ mod tests {
     #[test]
     fn a_thread_that_a_rank_spawns_has_no_default_group() {
         run_threads(2, |group| {
-            let seen = std::thread::scope(|s| s.spawn(|| crate::rank()).join().unwrap());
+            let seen = std::thread::scope(|s| s.spawn(rank).join().unwrap());
             assert!(matches!(seen, Err(Error::NotInitialized)));
             group.barrier().unwrap();
         });

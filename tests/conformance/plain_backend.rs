@@ -108,10 +108,10 @@ fn bytes(segment: &[Buffer<'_>]) -> Vec<u8> {
     segment
         .iter()
         .flat_map(|b| {
-            // SAFETY: the buffer is `bytes()` long and alive; nobody writes to it while it is an input.
             if b.bytes() == 0 {
                 &[][..]
             } else {
+                // SAFETY: the buffer is `bytes()` long and alive; nobody writes to it while it is an input.
                 unsafe { std::slice::from_raw_parts(b.data_ptr(), b.bytes()) }
             }
         })

@@ -96,9 +96,8 @@ fn a_skipped_last_call_is_found_when_the_group_is_destroyed(group: &ProcessGroup
     let own = own_group(group, Duration::from_secs(20));
     own.barrier().unwrap();
     let call = if own.rank() == 1 { Ok(()) } else { own.all_reduce(&mut numbers(&[1]), ReduceOp::Sum) };
-    let error = match (call, own.destroy()) {
-        (Err(error), _) | (Ok(()), Err(error)) => error,
-        (Ok(()), Ok(())) => panic!("rank {}: the skipped call went by", group.rank()),
+    let ((Err(error), _) | (Ok(()), Err(error))) = (call, own.destroy()) else {
+        panic!("rank {}: the skipped call went by", group.rank());
     };
     let cause = root_cause(&error);
     assert!(

@@ -38,7 +38,7 @@ fn any_serde_type_goes_round(group: &ProcessGroup) {
 }
 
 fn objects_may_be_empty_or_large_and_of_different_sizes(group: &ProcessGroup) {
-    let object = |rank: usize| vec![rank as u8; if rank % 2 == 0 { 0 } else { 100_000 * rank }];
+    let object = |rank: usize| vec![rank as u8; if rank.is_multiple_of(2) { 0 } else { 100_000 * rank }];
     let all = group.all_gather_object(&object(group.rank())).unwrap();
     assert!(all.iter().enumerate().all(|(rank, bytes)| *bytes == object(rank)));
     let all = group.all_gather_object(&()).unwrap();

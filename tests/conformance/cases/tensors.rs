@@ -88,7 +88,7 @@ fn channels_last_memory_means_the_same_elements_as_any_other(group: &ProcessGrou
     let n = group.size() as i64;
     let plain = Tensor::arange(24, (Kind::Int64, Device::Cpu)).view([1, 2, 3, 4]);
     // Memory in the order of rank 0's plain tensor, or with the channels last.
-    let mut t = if group.rank() % 2 == 0 {
+    let mut t = if group.rank().is_multiple_of(2) {
         plain.copy()
     } else {
         plain.permute([0, 2, 3, 1]).contiguous().permute([0, 3, 1, 2])

@@ -226,10 +226,11 @@ impl Reducer {
                     factors[filled] = operand.factor;
                     filled += 1;
                 }
-                // SAFETY: the caller's promise.
-                let (to, with) = match later.is_empty() {
-                    true => (unsafe { dst.add(start * size) }, last),
-                    false => (total, self.partial),
+                let (to, with) = if later.is_empty() {
+                    // SAFETY: the caller's promise.
+                    (unsafe { dst.add(start * size) }, last)
+                } else {
+                    (total, self.partial)
                 };
                 // SAFETY: all hold `n` elements; only whole buffers coincide.
                 unsafe { (with.kernel)(to, &src[..filled], &factors[..filled], n * with.units, ranks) };

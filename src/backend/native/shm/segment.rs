@@ -167,7 +167,7 @@ impl Segment {
     /// The flag of a header, the only part of it that is read while it may be written.
     pub(super) fn flag(&self, rank: usize, round: u64) -> &AtomicU64 {
         // SAFETY: as in `progress`.
-        unsafe { &*(&raw const (*self.header(rank, round)).flag) }
+        unsafe { &(*self.header(rank, round)).flag }
     }
 
     pub(super) fn payload(&self, rank: usize, round: u64) -> *mut u8 {

@@ -67,7 +67,7 @@ impl Wait {
     #[inline(always)]
     pub(super) fn idle(&mut self, inner: &Inner, deadline: Instant) -> Result<Next> {
         self.tries += 1;
-        if self.tries < self.spins && self.tries % SAMPLE != 0 {
+        if self.tries < self.spins && !self.tries.is_multiple_of(SAMPLE) {
             std::hint::spin_loop();
             return Ok(Next::Look);
         }
@@ -86,7 +86,7 @@ impl Wait {
         if self.tries >= self.spins {
             std::thread::yield_now();
         }
-        if self.tries % SAMPLE == 0 && Instant::now() >= deadline {
+        if self.tries.is_multiple_of(SAMPLE) && Instant::now() >= deadline {
             return Ok(Next::Late);
         }
         Ok(Next::Look)

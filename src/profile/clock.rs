@@ -18,6 +18,12 @@ pub(crate) fn now_ns() -> u64 {
     at_origin + origin.elapsed().as_nanos() as u64
 }
 
+/// The same clock to a few milliseconds, a tenth of the cost: what every call can afford.
+pub(crate) fn coarse_ns() -> u64 {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::MonotonicCoarse);
+    time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
+}
+
 /// Nanoseconds that the calling thread has been on a core.
 pub(crate) fn thread_cpu_ns() -> u64 {
     let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);

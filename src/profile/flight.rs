@@ -101,9 +101,9 @@ pub struct FlightEntry {
     pub bytes: u64,
     /// How far it came.
     pub state: State,
-    /// When it was called, in nanoseconds of this host's monotonic clock.
+    /// When it was called, in nanoseconds of this host's monotonic clock, to a few milliseconds.
     pub started_ns: u64,
-    /// When it ended, on the same clock; 0 where it has not.
+    /// When it ended, on the same clock and as exactly; 0 where it has not.
     pub ended_ns: u64,
     /// `file:line` of the call.
     pub site: String,
@@ -165,7 +165,7 @@ impl FlightRecorder {
         slot.ticket.store(0, Ordering::Release);
         slot.seq.store(seq, Ordering::Relaxed);
         slot.what.store((bytes as u64) << 8 | activity as u64, Ordering::Relaxed);
-        slot.started.store(clock::now_ns(), Ordering::Relaxed);
+        slot.started.store(clock::coarse_ns(), Ordering::Relaxed);
         slot.ended.store(0, Ordering::Relaxed);
         slot.site.store(std::ptr::from_ref(site).expose_provenance() as u64, Ordering::Release);
         slot.ticket.store(number + 1, Ordering::Release);
@@ -179,7 +179,7 @@ impl FlightRecorder {
         }
         let slot = &self.slots[(mark.0 % self.slots.len() as u64) as usize];
         if slot.ticket.load(Ordering::Acquire) == mark.0 + 1 {
-            slot.ended.store(clock::now_ns() & !1 | u64::from(!ok), Ordering::Release);
+            slot.ended.store(clock::coarse_ns() & !1 | u64::from(!ok), Ordering::Release);
         }
     }
 

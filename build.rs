@@ -5,10 +5,13 @@
 mod libtorch;
 #[path = "build/link.rs"]
 mod link;
+#[path = "build/nccl.rs"]
+mod nccl;
 
 use std::env;
 
 use libtorch::Libtorch;
+use nccl::Nccl;
 
 /// Each is a cxx bridge `src/libtorch/NAME.rs` beside its `NAME.cpp` and `NAME.h`.
 const BRIDGES: &[&str] = &["c10d", "facts", "function", "generator", "hooks", "list", "store", "tensor"];
@@ -32,18 +35,31 @@ fn build() -> Result<(), String> {
     let libtorch = Libtorch::that_tch_found()?;
     libtorch.check_version()?;
     libtorch.check_files()?;
-    compile(&libtorch)?;
-    link::emit(&libtorch)
+    let nccl = Nccl::find(&libtorch)?;
+    compile(&libtorch, nccl.as_ref())?;
+    link::emit(&libtorch)?;
+    if let Some(nccl) = nccl {
+        nccl.link();
+    }
+    Ok(())
 }
 
-fn compile(libtorch: &Libtorch) -> Result<(), String> {
+fn compile(libtorch: &Libtorch, nccl: Option<&Nccl>) -> Result<(), String> {
     let rust: Vec<_> = BRIDGES.iter().map(|name| format!("src/libtorch/{name}.rs")).collect();
     let mut build = cxx_build::bridges(&rust);
     for name in BRIDGES {
         build.file(format!("src/libtorch/{name}.cpp"));
     }
-    build.file("src/libtorch/c10d/gloo.cpp").file("src/libtorch/c10d/no_nccl.cpp");
-    build.include("src/libtorch/c10d/headers");
+    build.file("src/libtorch/c10d/gloo.cpp").include("src/libtorch/c10d/headers");
+    match nccl {
+        Some(nccl) => {
+            build.file("src/libtorch/c10d/nccl.cpp");
+            nccl.compile(&mut build);
+        }
+        None => {
+            build.file("src/libtorch/c10d/no_nccl.cpp");
+        }
+    }
     println!("cargo::rerun-if-changed=src/libtorch");
     build
         .includes(libtorch.include_folders())

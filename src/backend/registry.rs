@@ -57,7 +57,7 @@ pub(crate) fn factory(name: &str) -> Result<Arc<dyn BackendFactory>> {
     let found = REGISTRY.read().get(&name).cloned();
     let found = found.ok_or_else(|| Error::UnknownBackend { name: name.clone(), known: known_backends() })?;
     if name == "nccl"
-        && let Some(reason) = c10d::nccl_unavailable()
+        && let Some(reason) = c10d::why_no_nccl()
     {
         return Err(Error::BackendUnavailable { backend: name, reason });
     }

@@ -173,12 +173,14 @@ std::unique_ptr<C10dWork> C10dBackend::barrier(std::int32_t cuda, std::int64_t t
 std::unique_ptr<C10dWork>
 C10dBackend::send(const at::Tensor& tensor, std::int32_t dst, std::int32_t tag) const {
   TensorList tensors{tensor};
-  return pending(parts_->backend->send(tensors, dst, tag));
+  auto work = parts_->backend->send(tensors, dst, tag);
+  return parts_->grouping ? nullptr : pending(std::move(work));
 }
 std::unique_ptr<C10dWork>
 C10dBackend::recv(const at::Tensor& tensor, std::int32_t src, std::int32_t tag) const {
   TensorList tensors{tensor};
-  return pending(parts_->backend->recv(tensors, src, tag));
+  auto work = parts_->backend->recv(tensors, src, tag);
+  return parts_->grouping ? nullptr : pending(std::move(work));
 }
 std::unique_ptr<C10dWork> C10dBackend::recv_any(const at::Tensor& tensor, std::int32_t tag) const {
   TensorList tensors{tensor};
@@ -186,8 +188,10 @@ std::unique_ptr<C10dWork> C10dBackend::recv_any(const at::Tensor& tensor, std::i
 }
 void C10dBackend::start_group() const {
   parts_->backend->startCoalescing();
+  parts_->grouping = true;
 }
 std::unique_ptr<C10dWork> C10dBackend::end_group() const {
+  parts_->grouping = false;
   return pending(parts_->backend->endCoalescing());
 }
 void C10dBackend::abort() const {

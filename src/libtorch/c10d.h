@@ -88,14 +88,14 @@ std::unique_ptr<C10dBackend> new_gloo(
     rust::Slice<const std::uint64_t> ranks,
     rust::Str name,
     std::int64_t timeout_ms);
-/// Whether this build contains the NCCL engine.
-bool has_nccl() noexcept;
+/// Why the NCCL engine cannot be made here; empty where it can.
+rust::String why_no_nccl();
 std::unique_ptr<C10dBackend> new_nccl(
     const StoreHandle& store,
     std::int32_t rank,
-    std::int32_t size,
     rust::Slice<const std::uint64_t> ranks,
     rust::Str name,
+    std::int32_t device,
     bool high_priority,
     std::int64_t timeout_ms);
 } // namespace tchd

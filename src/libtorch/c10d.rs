@@ -109,13 +109,13 @@ mod ffi {
             name: &str,
             timeout_ms: i64,
         ) -> Result<UniquePtr<C10dBackend>>;
-        fn has_nccl() -> bool;
+        fn why_no_nccl() -> Result<String>;
         fn new_nccl(
             store: &StoreHandle,
             rank: i32,
-            size: i32,
             ranks: &[u64],
             name: &str,
+            device: i32,
             high_priority: bool,
             timeout_ms: i64,
         ) -> Result<UniquePtr<C10dBackend>>;
@@ -132,7 +132,13 @@ unsafe impl Send for ffi::C10dBackend {}
 // `abort` may come from any thread.
 unsafe impl Sync for ffi::C10dBackend {}
 
-pub(crate) use ffi::has_nccl;
+/// Why NCCL cannot be used here; `None` where it can.
+pub(crate) fn why_no_nccl() -> Option<String> {
+    match ffi::why_no_nccl() {
+        Ok(reason) => Some(reason).filter(|reason| !reason.is_empty()),
+        Err(exception) => Some(told(exception)),
+    }
+}
 
 /// What failed, in the engine's words.
 pub(crate) type Told<T> = Result<T, String>;
@@ -225,11 +231,10 @@ impl C10dBackend {
     }
 
     /// Makes the engine; NCCL connects with its first operation.
-    pub(crate) fn nccl(member: &C10dMember<'_>, high_priority: bool) -> Told<Self> {
+    pub(crate) fn nccl(member: &C10dMember<'_>, device: usize, high_priority: bool) -> Told<Self> {
         let ranks: Vec<u64> = member.ranks.iter().map(|&rank| rank as u64).collect();
-        let (rank, size) = (member.rank as i32, ranks.len() as i32);
-        let store = member.store.handle();
-        ffi::new_nccl(store, rank, size, &ranks, member.name, high_priority, member.timeout_ms)
+        let (store, rank, device) = (member.store.handle(), member.rank as i32, device as i32);
+        ffi::new_nccl(store, rank, &ranks, member.name, device, high_priority, member.timeout_ms)
             .map(Self)
             .map_err(told)
     }

@@ -10,7 +10,7 @@ mod raised;
 mod store;
 mod tensor;
 
-pub(crate) use c10d::{C10dBackend, C10dMember, C10dReduce, C10dWork, Told, has_nccl};
+pub(crate) use c10d::{C10dBackend, C10dMember, C10dReduce, C10dWork, Told, why_no_nccl};
 pub(crate) use facts::{Facts, NoFacts, facts};
 pub(crate) use function::{RawFunction, apply_function, grad_enabled};
 pub(crate) use generator::RawGenerator;

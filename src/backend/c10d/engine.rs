@@ -1,7 +1,7 @@
 //! One group's engine on this rank: operations started in order, their ends passed on, failures tried.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -36,6 +36,8 @@ struct Shared {
     /// Held while operations are started: their order is the same on every rank. The number of the last.
     order: Mutex<u64>,
     own: Own,
+    /// Whether NCCL was aborted. Its kernels then end as if they had worked.
+    broken: AtomicBool,
     pending: AtomicUsize,
     quiet: (Mutex<()>, Condvar),
     fate: Mutex<Fate>,
@@ -58,6 +60,7 @@ impl Engine {
             witness,
             order: Mutex::new(0),
             own: Own::default(),
+            broken: AtomicBool::new(false),
             pending: AtomicUsize::new(0),
             quiet: (Mutex::new(()), Condvar::new()),
             fate: Mutex::default(),
@@ -250,7 +253,10 @@ impl Shared {
         let mut pause = Duration::from_micros(20);
         loop {
             if let Some(result) = work.poll() {
-                return result;
+                return match self.broken.load(Ordering::Acquire) {
+                    true => result.and_then(|()| Err("the group was aborted".to_owned())),
+                    false => result,
+                };
             }
             if start.elapsed().as_millis() as i64 > ms {
                 self.cut();
@@ -317,6 +323,7 @@ impl Shared {
         let Some(backend) = &self.backend else { return };
         match self.flavor {
             Flavor::Nccl => {
+                self.broken.store(true, Ordering::Release);
                 if let Err(text) = backend.abort() {
                     tracing::debug!("abort: {text}");
                 }
@@ -492,8 +499,12 @@ impl Drop for Shared {
         // Its destructor waits for what is pending, and this may be one of the engine's own threads.
         if let Some(backend) = self.backend.take() {
             let witness = self.witness.clone();
+            let leaves = self.flavor == Flavor::Nccl && !self.broken.load(Ordering::Acquire);
             waiters::run(move || {
                 witness.see_others_settled(SETTLING);
+                if leaves && let Err(text) = backend.shutdown() {
+                    tracing::debug!("shutdown: {text}");
+                }
                 drop(backend);
             });
         }

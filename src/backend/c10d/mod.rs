@@ -5,6 +5,9 @@
 //! was, for these engines know addresses, not ranks. Worlds can be shared with Python: the keys on the
 //! wire, the order of construction and the operations are PyTorch's, with one exception: PyTorch's Gloo has
 //! another way over the wire for `reduce_scatter` of lists, so that only `reduce_scatter_tensor` is shared.
+//!
+//! Gloo is part of every build. NCCL is there with the feature `nccl`: it compiles and links, and has never yet been
+//! run on a GPU by us (see [`nccl`]).
 
 mod combine;
 mod engine;
@@ -19,5 +22,6 @@ mod waiters;
 #[cfg(test)]
 mod tests;
 
+pub(super) use crate::libtorch::why_no_nccl;
 pub(super) use gloo::create as create_gloo;
-pub(super) use nccl::{create as create_nccl, unavailable as nccl_unavailable};
+pub(super) use nccl::create as create_nccl;

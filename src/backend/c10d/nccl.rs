@@ -1,4 +1,12 @@
 //! libtorch's NCCL: CUDA tensors.
+//!
+//! It compiles and links, in CI too, and has never yet been run on a GPU by us. What differs from PyTorch:
+//! * The end of an operation is found by polling its CUDA event on a thread: `Work::wait` blocks the host until the
+//!   device has finished, where PyTorch's only orders streams. tch uses one stream a device, so results are ordered
+//!   with what the program does next.
+//! * libtorch's watchdog and monitor are told, by their environment variables, not to end the process
+//!   (`src/libtorch/c10d/nccl.cpp`); we watch the time and abort.
+//! * Messages always go as a batch: the Python side of one is `batch_isend_irecv`, not `send`.
 
 use std::sync::Arc;
 
@@ -8,27 +16,20 @@ use super::combine::Flavor;
 use super::engine::{Engine, millis};
 use super::inquest::Witness;
 use crate::backend::{BackendContext, CollectiveBackend};
-use crate::libtorch::{C10dBackend, C10dMember, C10dStore, has_nccl};
+use crate::libtorch::{C10dBackend, C10dMember, C10dStore, why_no_nccl};
 use crate::{Error, Result};
-
-/// Why NCCL cannot work here; `None` where it can.
-pub(crate) fn unavailable() -> Option<String> {
-    if !has_nccl() {
-        return Some("this build of the crate does not contain libtorch's NCCL".to_owned());
-    }
-    if !Cuda::is_available() {
-        return Some("libtorch finds no CUDA device on this machine".to_owned());
-    }
-    None
-}
 
 /// Makes the engine. The device is the one whose index is the rank among this host's ranks, unless the
 /// tensors say otherwise: a communicator is made for the device of the first operation.
 pub(crate) fn create(context: BackendContext) -> Result<Arc<dyn CollectiveBackend>> {
-    if let Some(reason) = unavailable() {
+    if let Some(reason) = why_no_nccl() {
         return Err(Error::BackendUnavailable { backend: "nccl".to_owned(), reason });
     }
     let BackendContext { store, rank, size, ranks, timeout, group_name } = context;
+    let devices = usize::try_from(Cuda::device_count()).unwrap_or(1).max(1);
+    let local =
+        std::env::var("LOCAL_RANK").ok().and_then(|text| text.trim().parse().ok()).unwrap_or(ranks[rank]);
+    let device = local % devices;
     let witness = Witness { store: store.clone(), rank, size };
     witness.arrive()?;
     let unreachable = |reason: String| Error::Rendezvous { reason };
@@ -36,12 +37,9 @@ pub(crate) fn create(context: BackendContext) -> Result<Arc<dyn CollectiveBacken
     store.set_timeout(timeout).map_err(unreachable)?;
     let member =
         C10dMember { store: &store, rank, ranks: &ranks, name: &group_name, timeout_ms: millis(timeout) };
-    let backend = C10dBackend::nccl(&member, false).map_err(|text| Error::Rendezvous {
+    let backend = C10dBackend::nccl(&member, device, false).map_err(|text| Error::Rendezvous {
         reason: format!("nccl could not be made for group {group_name}: {text}"),
     })?;
     witness.settle()?;
-    let devices = usize::try_from(Cuda::device_count()).unwrap_or(1).max(1);
-    let local =
-        std::env::var("LOCAL_RANK").ok().and_then(|text| text.trim().parse().ok()).unwrap_or(ranks[rank]);
-    Ok(Arc::new(Engine::new(Flavor::Nccl, backend, Device::Cuda(local % devices), witness)))
+    Ok(Arc::new(Engine::new(Flavor::Nccl, backend, Device::Cuda(device), witness)))
 }

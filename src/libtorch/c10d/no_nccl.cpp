@@ -4,15 +4,15 @@
 #include <stdexcept>
 
 namespace tchd {
-bool has_nccl() noexcept {
-  return false;
+rust::String why_no_nccl() {
+  return "this program was built without the feature nccl of tch-distributed";
 }
 std::unique_ptr<C10dBackend> new_nccl(
     const StoreHandle&,
     std::int32_t,
-    std::int32_t,
     rust::Slice<const std::uint64_t>,
     rust::Str,
+    std::int32_t,
     bool,
     std::int64_t) {
   throw std::runtime_error("this build has no NCCL");

@@ -8,5 +8,7 @@ struct WorkParts {
 };
 struct BackendParts {
   c10::intrusive_ptr<c10d::Backend> backend;
+  /// Between the start and the end of what is one operation, NCCL gives no work objects.
+  bool grouping = false;
 };
 } // namespace tchd

@@ -1,0 +1,73 @@
+// Makes libtorch's NCCL engine as PyTorch makes it, so that Python ranks can be in the group. Compiled with the
+// feature `nccl` only.
+#include "../c10d.h"
+
+#include <array>
+#include <string>
+
+#define USE_C10D_NCCL
+#include <ATen/Context.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/cuda/CUDAFunctions.h>
+#include <c10/util/env.h>
+#include <torch/csrc/distributed/c10d/ProcessGroupNCCL.hpp>
+#include "../store.h"
+#include "../store_parts.h"
+#include "parts.h"
+
+namespace tchd {
+namespace {
+constexpr const char* ERROR_HANDLING = "TORCH_NCCL_ASYNC_ERROR_HANDLING";
+
+// libtorch's own threads end the process when an operation fails or hangs, unless told otherwise before the
+// engine is made. Our caller watches and aborts instead. What the user has set stands.
+void keep_the_process_alive() {
+  constexpr std::array<const char*, 5> off{
+      ERROR_HANDLING,
+      "TORCH_NCCL_ENABLE_MONITORING",
+      "TORCH_NCCL_DUMP_ON_TIMEOUT",
+      "TORCH_NCCL_PROPAGATE_ERROR",
+      "TORCH_NCCL_RETHROW_CUDA_ERRORS"};
+  for (const char* name : off) {
+    c10::utils::set_env(name, "0", /*overwrite=*/false);
+  }
+  // torchrun gives every worker 1 here, which nobody asked for.
+  if (c10::utils::has_env("TORCHELASTIC_RUN_ID") && c10::utils::get_env(ERROR_HANDLING) == "1") {
+    c10::utils::set_env(ERROR_HANDLING, "0");
+  }
+}
+} // namespace
+
+rust::String why_no_nccl() {
+  if (!at::Context::hasCUDART()) {
+    return "this libtorch has no CUDA part";
+  }
+  if (c10::cuda::device_count() == 0) {
+    return "libtorch finds no CUDA device on this machine";
+  }
+  return "";
+}
+
+std::unique_ptr<C10dBackend> new_nccl(
+    const StoreHandle& store,
+    std::int32_t rank,
+    rust::Slice<const std::uint64_t> ranks,
+    rust::Str name,
+    std::int32_t device,
+    bool high_priority,
+    std::int64_t timeout_ms) {
+  using c10d::ProcessGroupNCCL;
+  keep_the_process_alive();
+  // Nothing of this may be allocated on another device.
+  c10::DeviceGuard guard(at::Device(at::kCUDA, static_cast<c10::DeviceIndex>(device)));
+  auto options = ProcessGroupNCCL::Options::create(high_priority);
+  options->timeout = std::chrono::milliseconds(timeout_ms);
+  options->group_name = std::string(name);
+  options->global_ranks_in_group.assign(ranks.begin(), ranks.end());
+  auto parts = std::make_unique<BackendParts>();
+  parts->backend = c10::make_intrusive<ProcessGroupNCCL>(
+      store.parts().store, rank, static_cast<int>(ranks.size()), options);
+  parts->backend->setSequenceNumberForGroup();
+  return std::make_unique<C10dBackend>(std::move(parts));
+}
+} // namespace tchd

@@ -1,7 +1,7 @@
 //! The native CPU engine: threads, shared memory, TCP.
 //!
-//! Collectives are [`plan`]s that an [`executor`] runs over links; an [`engine`] a group keeps calls in
-//! order and failures in one place; one [`progress`] thread drives what no caller drives. The README
+//! Collectives are `plan`s that an `executor` runs over links; an `engine` a group keeps calls in
+//! order and failures in one place; one `progress` thread drives what no caller drives. The README
 //! beside this file describes frames, handshake and states.
 
 mod cause;

@@ -13,7 +13,7 @@
 //! # Sizes that do not divide
 //!
 //! A dimension that is split gives the first ranks one more
-//! ([`shard_range`]). Attention needs heads that divide, sequence parallelism a
+//! ([`crate::functional::shard_range`]). Attention needs heads that divide, sequence parallelism a
 //! sequence that divides; they say so.
 //!
 //! # Initial weights

@@ -24,14 +24,16 @@ macro_rules! elements {
     )*};
 }
 
-// The divisor of integers is wider than the small ones: 200 ranks may average bytes.
+// The divisor of integers is wider than the small ones: 200 ranks may average bytes. A quotient of two
+// 32-bit numbers is so far from the next integer that f64 division and truncation are exact, and f64 has
+// vector instructions for it.
 elements! {
-    u8: 64, i64;
-    i8: 64, i64;
-    u16: 32, i64;
-    i16: 32, i64;
-    u32: 16, i64;
-    i32: 16, i64;
+    u8: 64, f64;
+    i8: 64, f64;
+    u16: 32, f64;
+    i16: 32, f64;
+    u32: 16, f64;
+    i32: 16, f64;
     u64: 8, i64;
     i64: 8, i64;
     f32: 16, f32;
@@ -92,7 +94,7 @@ pub(super) struct Or;
 pub(super) struct Xor;
 
 macro_rules! integers {
-    ($($t:ty)*) => {$(
+    ($($t:ty, $wide:ty;)*) => {$(
         impl Combine<$t> for Sum {
             #[inline(always)]
             fn combine(left: $t, right: $t) -> $t {
@@ -111,8 +113,8 @@ macro_rules! integers {
                 left.wrapping_add(right)
             }
             #[inline(always)]
-            fn finish(total: $t, ranks: i64) -> $t {
-                (total as i64 / ranks) as $t
+            fn finish(total: $t, ranks: $wide) -> $t {
+                (total as $wide / ranks) as $t
             }
         }
         impl Combine<$t> for Min {
@@ -129,7 +131,7 @@ macro_rules! integers {
         }
     )*};
 }
-integers! { u8 i8 u16 i16 u32 i32 u64 i64 }
+integers! { u8, f64; i8, f64; u16, f64; i16, f64; u32, f64; i32, f64; u64, i64; i64, i64; }
 
 macro_rules! floats {
     ($($t:ty)*) => {$(
@@ -210,6 +212,17 @@ macro_rules! bits {
 }
 bits! { And & Or | Xor ^ }
 
+/// Keeps the compiler from combining iterations: a line is what fills its registers; several lines at
+/// once it would have to shuffle, which is ten times slower.
+#[inline(always)]
+fn one_at_a_time() {
+    #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+    // SAFETY: no instruction at all.
+    unsafe {
+        std::arch::asm!("", options(nomem, nostack, preserves_flags));
+    }
+}
+
 /// `dst[i] = finish(src[0][i] ∘ src[1][i] ∘ …)`, in that order.
 ///
 /// A line of every operand is read before the line of `dst` is written, so `dst` may be an operand.
@@ -228,6 +241,7 @@ pub(super) unsafe fn fold<E: Element, C: Combine<E>, const N: usize>(
     let line = size_of::<E::Line>() / size_of::<E>();
     let lines = numel / line;
     for l in 0..lines {
+        one_at_a_time();
         let at = l * size_of::<E::Line>();
         // SAFETY: line `l` lies within `numel` elements.
         let mut total: E::Line = unsafe { src[0].add(at).cast::<E::Line>().read_unaligned() };
@@ -248,6 +262,7 @@ pub(super) unsafe fn fold<E: Element, C: Combine<E>, const N: usize>(
         unsafe { dst.add(at).cast::<E::Line>().write_unaligned(total) };
     }
     for i in lines * line..numel {
+        one_at_a_time();
         let at = i * size_of::<E>();
         // SAFETY: element `i` lies within `numel` elements.
         unsafe {

@@ -9,6 +9,8 @@ mod select;
 #[cfg(test)]
 mod tests;
 
+use std::mem::MaybeUninit;
+
 use tch::Kind;
 
 use self::halves::Half;
@@ -28,6 +30,7 @@ pub(crate) struct Reducer {
     kind: Kind,
     ranks: usize,
     half: Option<Half>,
+    isa: Isa,
     /// Combines.
     partial: Choice,
     /// Combines the last operands and finishes.
@@ -78,7 +81,7 @@ impl Reducer {
         let Some(partial) = select::choose(unfinished, kind, ranks, isa) else {
             return Err(format!("{op} of {kind:?} tensors"));
         };
-        Ok(Self { kind, ranks, half, partial, finish })
+        Ok(Self { kind, ranks, half, isa, partial, finish })
     }
 
     /// The kind of the ranks' own data.
@@ -103,13 +106,15 @@ impl Reducer {
             // SAFETY: the caller's promise.
             None => unsafe { self.chain(dst, operands, numel, self.finish) },
             Some(half) => {
-                let mut total = [0f32; BLOCK];
+                let mut total = MaybeUninit::<[f32; BLOCK]>::uninit();
+                let total: *mut f32 = total.as_mut_ptr().cast();
                 for start in (0..numel).step_by(BLOCK) {
                     let n = BLOCK.min(numel - start);
-                    // SAFETY: the caller's promise, for `n` elements from `start` on.
+                    // SAFETY: the caller's promise, for `n` elements from `start` on; `widened` writes as
+                    // many to `total`.
                     unsafe {
-                        self.widened(total.as_mut_ptr().cast(), operands, half, start, n, self.finish);
-                        half.narrow(&total[..n], dst.add(start * 2));
+                        self.widened(total.cast(), operands, half, start, n, self.finish);
+                        half.narrow(self.isa, total, dst.add(start * 2), n);
                     }
                 }
             }
@@ -148,8 +153,10 @@ impl Reducer {
         n: usize,
         last: Choice,
     ) {
-        let mut scratch = [[0f32; BLOCK]; MOST];
-        let mut total = [0f32; BLOCK];
+        let mut scratch = MaybeUninit::<[[f32; BLOCK]; MOST]>::uninit();
+        let scratch: *mut [f32; BLOCK] = scratch.as_mut_ptr().cast();
+        let mut total = MaybeUninit::<[f32; BLOCK]>::uninit();
+        let total: *mut u8 = total.as_mut_ptr().cast();
         let mut begun = false;
         let mut rest = operands;
         loop {
@@ -157,24 +164,26 @@ impl Reducer {
             let mut factors = [1.0; MOST];
             let mut filled = 0;
             if begun {
-                src[0] = total.as_ptr().cast();
+                src[0] = total;
                 filled = 1;
             }
             let (now, later) = rest.split_at(rest.len().min(MOST - filled));
-            for (operand, scratch) in now.iter().zip(&mut scratch) {
+            for (i, operand) in now.iter().enumerate() {
                 src[filled] = if operand.partial {
                     // SAFETY: the caller's promise: partials of halves are f32.
                     unsafe { operand.data.add(start * 4) }
                 } else {
-                    // SAFETY: the caller's promise.
-                    unsafe { half.widen(operand.data.add(start * 2), &mut scratch[..n]) };
-                    scratch.as_ptr().cast()
+                    // SAFETY: the caller's promise; `i` is less than `MOST`.
+                    unsafe {
+                        let wide: *mut f32 = scratch.add(i).cast();
+                        half.widen(self.isa, operand.data.add(start * 2), wide, n);
+                        wide.cast_const().cast()
+                    }
                 };
                 factors[filled] = operand.factor;
                 filled += 1;
             }
-            let (to, with) =
-                if later.is_empty() { (dst, last) } else { (total.as_mut_ptr().cast(), self.partial) };
+            let (to, with) = if later.is_empty() { (dst, last) } else { (total, self.partial) };
             // SAFETY: `to` and all of `src` hold `n` floats; only whole buffers coincide.
             unsafe { (with.kernel)(to, &src[..filled], &factors[..filled], n, self.ranks as f64) };
             if later.is_empty() {
@@ -208,9 +217,9 @@ impl Reducer {
         // Many operands: a block at a time, through a scratch block, so that `dst` is written when
         // every operand has been read.
         let size = self.kind.elt_size_in_bytes();
-        let mut scratch = [0u64; BLOCK];
+        let mut scratch = MaybeUninit::<[u64; BLOCK]>::uninit();
         let total: *mut u8 = scratch.as_mut_ptr().cast();
-        let step = size_of_val(&scratch) / size;
+        let step = size_of::<[u64; BLOCK]>() / size;
         for start in (0..numel).step_by(step) {
             let n = step.min(numel - start);
             let mut rest = operands;

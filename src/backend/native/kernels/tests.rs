@@ -343,14 +343,14 @@ fn partial_results_combined_later_give_the_bits_of_one_pass() {
 
 #[test]
 fn every_half_survives_the_way_to_f32_and_back_and_every_tie_goes_to_even() {
-    for half in [Half::F16, Half::Bf16] {
+    for (half, isa) in isas().into_iter().flat_map(|i| [(Half::F16, i), (Half::Bf16, i)]) {
         let bits: Vec<u8> = (0..=u16::MAX).flat_map(u16::to_ne_bytes).collect();
         let mut wide = vec![0f32; 65536];
         let mut back = vec![0u8; 131_072];
         // SAFETY: all hold 65536 elements.
         unsafe {
-            half.widen(bits.as_ptr(), &mut wide);
-            half.narrow(&wide, back.as_mut_ptr());
+            half.widen(isa, bits.as_ptr(), wide.as_mut_ptr(), 65536);
+            half.narrow(isa, wide.as_ptr(), back.as_mut_ptr(), 65536);
         }
         for b in 0..=u16::MAX {
             let value = half.value(b);
@@ -370,7 +370,7 @@ fn every_half_survives_the_way_to_f32_and_back_and_every_tie_goes_to_even() {
         }
         let mut got = vec![0u8; near.len() * 2];
         // SAFETY: both hold as many elements.
-        unsafe { half.narrow(&near, got.as_mut_ptr()) };
+        unsafe { half.narrow(isa, near.as_ptr(), got.as_mut_ptr(), near.len()) };
         for (i, &v) in near.iter().enumerate() {
             assert_eq!(get!(u16, got, i), half.bits(v), "{half:?} {v:e}");
         }

@@ -141,12 +141,12 @@ impl ProcessGroup {
     }
 
     /// Leaves this group in good order: waits for what is pending and checks that every rank made as
-    /// many calls. To be called on every rank of it; later calls are refused. A second time, and on a
-    /// group that failed, it does nothing.
+    /// many calls. To be called on every rank of it; later calls are refused. A second time it does
+    /// nothing.
     ///
     /// # Errors
-    /// `Desync` when a rank called something that this one did not; `Timeout` when a rank does not
-    /// come; `PeerLost`.
+    /// A failure that nobody was told, of a [`Work`](crate::Work) that was dropped say; `Desync` when a
+    /// rank called something that this one did not; `Timeout` when a rank does not come; `PeerLost`.
     ///
     /// ```
     /// use tch_distributed::testing;
@@ -159,6 +159,11 @@ impl ProcessGroup {
     /// ```
     pub fn destroy(&self) -> Result<()> {
         self.inner.destroy()
+    }
+
+    /// Whether a caller was told that this group or one beside it has failed.
+    pub(crate) fn failure_was_told(&self) -> bool {
+        self.inner.universe.groups().iter().any(|group| group.told())
     }
 
     /// Rank `rank` of the world that this group came from is gone: ends everything on all groups that

@@ -237,7 +237,7 @@ fn default_timeout(spec: &BackendSpec) -> Duration {
 /// # Errors
 /// `NotInitialized` when there is no default group; `Desync` when a rank called something that others
 /// did not; `Timeout` and `PeerLost` when a rank does not come. The groups are gone all the same.
-/// Groups that failed before give no second error.
+/// A failure that a caller was told before is no second error.
 pub fn destroy_process_group() -> Result<()> {
     let group = replace_default(None).ok_or(Error::NotInitialized)?;
     let mut outcome = Ok(());

@@ -39,6 +39,8 @@ pub(super) struct Inner {
     timeout: AtomicU64,
     state: AtomicU8,
     cause: Mutex<Option<Arc<Error>>>,
+    /// Whether a caller was given the failure.
+    told: AtomicBool,
     abort_passed_on: AtomicBool,
 }
 
@@ -103,6 +105,7 @@ impl Inner {
             timeout: AtomicU64::new(nanoseconds(parts.timeout)),
             state: AtomicU8::new(USABLE),
             cause: Mutex::new(None),
+            told: AtomicBool::new(false),
             abort_passed_on: AtomicBool::new(false),
         });
         inner.universe.add(&inner);
@@ -129,7 +132,10 @@ impl Inner {
     #[cold]
     fn unusable(&self) -> Error {
         match (self.state.load(Ordering::Acquire), self.cause()) {
-            (FAILED, Some(cause)) => Error::Poisoned { cause },
+            (FAILED, Some(cause)) => {
+                self.told.store(true, Ordering::Relaxed);
+                Error::Poisoned { cause }
+            }
             _ => Error::invalid("group", format!("process group {} was destroyed", self.name)),
         }
     }
@@ -179,7 +185,8 @@ impl Inner {
     #[cold]
     pub(super) fn fail(&self, error: Error) -> Error {
         self.note(&error);
-        if matches!(error, Error::PeerLost { .. } | Error::Poisoned { .. }) || error.poisons() {
+        if matches!(error, Error::Poisoned { .. }) || error.poisons() {
+            self.told.store(true, Ordering::Relaxed);
             for group in self.universe.groups() {
                 group.pass_on();
             }
@@ -189,6 +196,7 @@ impl Inner {
 
     /// Ends everything on this group, with this cause.
     pub(super) fn abort(&self, cause: Arc<Error>) {
+        self.told.store(true, Ordering::Relaxed);
         self.poison(cause);
         self.pass_on();
     }
@@ -203,13 +211,22 @@ impl Inner {
         }
     }
 
-    /// Leaves in good order. The first time only; a group that failed has nothing to wait for.
+    /// Whether a caller was given a failure of this group.
+    pub(super) fn told(&self) -> bool {
+        self.told.load(Ordering::Relaxed)
+    }
+
+    /// Leaves in good order. The first time only; a group that failed has nothing to wait for, and
+    /// nothing to say unless nobody was told.
     pub(super) fn destroy(&self) -> Result<()> {
         let before = self.state.swap(DESTROYED, Ordering::AcqRel);
         if before == DESTROYED {
             return Ok(());
         }
-        let mut outcome = Ok(());
+        let mut outcome = match self.cause() {
+            Some(cause) if before == FAILED && !self.told() => Err(cause.duplicate()),
+            _ => Ok(()),
+        };
         for backend in self.backends.all() {
             let timeout = if before == FAILED { Duration::ZERO } else { self.timeout() };
             let ended = backend.shutdown(timeout);

@@ -3,6 +3,7 @@
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use parking_lot::Mutex;
@@ -62,6 +63,8 @@ pub fn run_threads_on<T: Send, F: Fn(ProcessGroup) -> T + Send + Sync>(
         size: n,
         groups: Mutex::default(),
         panic: Mutex::default(),
+        leaving: Mutex::default(),
+        failure_seen: AtomicBool::new(false),
     };
     let results: Vec<Option<T>> = thread::scope(|scope| {
         let spawn = |rank: usize| {
@@ -74,6 +77,13 @@ pub fn run_threads_on<T: Send, F: Fn(ProcessGroup) -> T + Send + Sync>(
     });
     if let Some(panic) = world.panic.into_inner() {
         resume_unwind(panic);
+    }
+    // Where a rank saw a failure and went on, failures were what its body is about, and that others
+    // hear of it when they leave is an echo.
+    if let Some(error) = world.leaving.into_inner()
+        && !world.failure_seen.into_inner()
+    {
+        panic!("{error}");
     }
     let results: Option<Vec<T>> = results.into_iter().collect();
     results.expect("a rank thread could not be started")
@@ -88,6 +98,10 @@ struct World {
     groups: Mutex<Vec<ProcessGroup>>,
     /// The first panic.
     panic: Mutex<Option<Box<dyn Any + Send>>>,
+    /// What the first rank that could not leave in good order was told.
+    leaving: Mutex<Option<String>>,
+    /// Whether a rank's body was told of a failure and returned all the same.
+    failure_seen: AtomicBool,
 }
 
 impl World {
@@ -102,12 +116,20 @@ impl World {
             if self.panic.lock().is_some() {
                 group.lose_all(rank, "another rank panicked");
             }
-            let result = body(group);
-            match destroy_process_group() {
-                // The body may have left by itself, or an earlier failure may have been its subject.
-                Ok(()) | Err(Error::NotInitialized) => result,
-                Err(error) => panic!("rank {rank} could not leave the world: {error}"),
+            let result = body(group.clone());
+            if group.failure_was_told() {
+                self.failure_seen.store(true, Ordering::Relaxed);
             }
+            match destroy_process_group() {
+                // The body may have left by itself.
+                Ok(()) | Err(Error::NotInitialized) => {}
+                Err(error) => {
+                    self.leaving
+                        .lock()
+                        .get_or_insert_with(|| format!("rank {rank} could not leave the world: {error}"));
+                }
+            }
+            result
         };
         catch_unwind(AssertUnwindSafe(life)).map_err(|panic| self.fall(rank, panic)).ok()
     }
@@ -150,6 +172,21 @@ mod tests {
             assert!(matches!(seen, Err(Error::NotInitialized)));
             group.barrier().unwrap();
         });
+    }
+
+    #[test]
+    fn a_call_that_only_one_rank_made_is_a_panic_when_the_ranks_leave() {
+        let panic = catch_unwind(|| {
+            run_threads(2, |group| {
+                // Its root has sent when it returns: nobody has seen a failure yet.
+                if group.rank() == 0 {
+                    let _ = group.broadcast_async(&tch::Tensor::from_slice(&[1.0]), 0).unwrap();
+                }
+            })
+        })
+        .unwrap_err();
+        let text = panic.downcast_ref::<String>().unwrap();
+        assert!(text.contains("could not leave the world"), "{text}");
     }
 
     #[test]

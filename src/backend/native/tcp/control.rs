@@ -38,6 +38,8 @@ struct State {
     answers: Vec<Option<Report>>,
     /// Closed: gone when all is written, at the latest then.
     closing: Option<Instant>,
+    /// A peer has told of a failure.
+    failed: bool,
 }
 
 /// What is done when the state is not locked.
@@ -60,6 +62,7 @@ impl SocketControl {
             asked: 0,
             answers: vec![None; world],
             closing: None,
+            failed: false,
         };
         let control = Arc::new(Self { rank, ledger, listener: OnceCell::new(), state: Mutex::new(state) });
         progress::enlist(control.clone())?;
@@ -179,7 +182,12 @@ impl State {
                     self.answers[peer] = Some(Report { entered, call });
                 }
             }
-            Note::Failed(cause) => after.failures.push(cause),
+            Note::Failed(cause) => {
+                self.failed = true;
+                after.failures.push(cause);
+            }
+            // The failure is told in a moment, when nothing is locked: until then nobody has left well.
+            Note::Left { .. } | Note::Closed { .. } if self.failed => {}
             Note::Left { calls } => {
                 self.presence[peer] = Presence::Left(calls);
                 after.changed = true;

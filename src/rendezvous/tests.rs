@@ -166,7 +166,7 @@ fn a_port_in_use_is_an_error_and_not_a_wait() {
 #[test]
 fn a_rank_that_does_not_come_is_named_when_the_time_is_over() {
     let url = free();
-    let soon = |rank| RendezvousRequest { timeout: Duration::from_millis(800), ..at(&url, rank, 4) };
+    let soon = |rank| RendezvousRequest { timeout: Duration::from_secs(3), ..at(&url, rank, 4) };
     let late = all(vec![soon(0), soon(2)]);
     for result in late {
         let text = text(result);

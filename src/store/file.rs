@@ -25,7 +25,7 @@ use crate::libtorch::C10dStore;
 /// store.set("colour", b"blue")?;
 /// assert_eq!(FileStore::new(&path)?.get("colour")?, b"blue");
 /// # std::fs::remove_file(path)?;
-/// # tch_distributed::Result::Ok(())
+/// # Ok::<(), tch_distributed::Error>(())
 /// ```
 pub struct FileStore {
     c10d: C10dStore,

@@ -17,7 +17,7 @@ use crate::Result;
 /// store.set("colour", b"blue")?;
 /// assert_eq!(store.get("colour")?, b"blue");
 /// assert_eq!(store.add("visits", 2)?, 2);
-/// # tch_distributed::Result::Ok(())
+/// # Ok::<(), tch_distributed::Error>(())
 /// ```
 #[derive(Debug)]
 pub struct HashStore {

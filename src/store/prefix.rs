@@ -17,7 +17,7 @@ use crate::Result;
 /// let store = PrefixStore::new("job", below.clone());
 /// store.set("a", b"1")?;
 /// assert_eq!(below.get("job/a")?, b"1");
-/// # tch_distributed::Result::Ok(())
+/// # Ok::<(), tch_distributed::Error>(())
 /// ```
 #[derive(Clone, Debug)]
 pub struct PrefixStore<S> {

@@ -20,7 +20,7 @@ use crate::libtorch::{C10dStore, TcpStoreOptions};
 /// let client = TcpStore::connect("127.0.0.1", server.port(), Duration::from_secs(10))?;
 /// client.set("colour", b"blue")?;
 /// assert_eq!(server.get("colour")?, b"blue");
-/// # tch_distributed::Result::Ok(())
+/// # Ok::<(), tch_distributed::Error>(())
 /// ```
 #[doc(alias = "TCPStore")]
 pub struct TcpStore {

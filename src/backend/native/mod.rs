@@ -63,7 +63,7 @@ pub fn create(context: BackendContext) -> Result<Arc<dyn CollectiveBackend>> {
 /// use tch_distributed::{InitOptions, backend::native, register_backend, testing};
 /// register_backend("over-tcp", |context| native::create_over(context, "tcp"))?;
 /// testing::run_threads_on("over-tcp", InitOptions::new(), 2, |group| group.barrier().unwrap());
-/// # tch_distributed::Result::Ok(())
+/// # Ok::<(), tch_distributed::Error>(())
 /// ```
 pub fn create_over(context: BackendContext, transport: &str) -> Result<Arc<dyn CollectiveBackend>> {
     create_with(context, Some(transport.to_owned()))

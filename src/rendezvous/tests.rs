@@ -167,11 +167,12 @@ fn a_port_in_use_is_an_error_and_not_a_wait() {
 fn a_rank_that_does_not_come_is_named_when_the_time_is_over() {
     let url = free();
     let soon = |rank| RendezvousRequest { timeout: Duration::from_secs(3), ..at(&url, rank, 4) };
-    let late = all(vec![soon(0), soon(2)]);
-    for result in late {
-        let text = text(result);
-        assert!(text.contains("ranks 1, 3 did not come"), "{text}");
-    }
+    let mut results = all(vec![soon(0), soon(2)]);
+    // Rank 2 may itself be late where the machine is busy: then it is named too.
+    let text0 = text(results.remove(0));
+    let named = ["ranks 1, 3 did not come", "ranks 1, 2, 3 did not come"];
+    assert!(named.iter().any(|n| text0.contains(n)), "{text0}");
+    assert!(results.remove(0).is_err(), "rank 2 cannot have met ranks that did not come");
     let nobody = RendezvousRequest { timeout: Duration::from_millis(300), ..at(&free(), 1, 2) };
     let text = text(rendezvous_in(nobody, &nothing));
     assert!(text.contains("rank 0 did not come to 127.0.0.1"), "{text}");

@@ -56,7 +56,8 @@ fn reduce(c: &mut Criterion) {
             for bytes in SIZES {
                 let mut buffers = vec![vec![0_u8; bytes]; ranks];
                 let dst = buffers[0].as_mut_ptr();
-                let operands: Vec<_> = buffers.iter().map(|b| Operand::own(b.as_ptr())).collect();
+                let operands: Vec<_> =
+                    buffers.iter().map(|b| Operand { data: b.as_ptr(), factor: 1.0 }).collect();
                 group.throughput(Throughput::Bytes(bytes as u64));
                 group.bench_function(BenchmarkId::new(format!("{name} {op} of {ranks}"), bytes), |b| {
                     // SAFETY: all hold as many bytes, and the destination is the first operand.

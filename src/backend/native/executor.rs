@@ -363,11 +363,9 @@ impl<'a, L: Links> Executor<'a, L> {
                     break;
                 }
                 now.clear();
-                now.extend(from.iter().zip(&sources).map(|(c, &(_, factor))| Operand {
-                    data: c.here().0,
-                    partial: false,
-                    factor,
-                }));
+                now.extend(
+                    from.iter().zip(&sources).map(|(c, &(_, factor))| Operand { data: c.here().0, factor }),
+                );
                 // SAFETY: `n` bytes are left in every piece, all hold whole elements of the call's
                 // kind, and an operand is the destination itself or apart from it.
                 unsafe { reducer.reduce(dst, &now, n / self.size) };

@@ -1,20 +1,43 @@
 //! What an element is, how two combine, and the one loop over both.
 
-/// A number as it lies in memory, combined as itself.
+use super::Operand;
+
+/// An element as it lies in memory, and the number it is combined as.
 pub(super) trait Element: Copy {
-    /// As many elements as fill a cache line: read whole, combined in registers, written whole.
-    type Line: Copy + AsMut<[Self]> + AsRef<[Self]>;
+    /// What it is combined as: itself, or f32 for halves.
+    type Value: Copy;
+    /// As many elements as are read and written at once: a cache line of values.
+    type Line: Copy;
+    /// Their values.
+    type Values: Copy + AsMut<[Self::Value]> + AsRef<[Self::Value]>;
     /// What a factor or divisor is converted to.
     type Scalar: Copy;
+    /// Nothing: what fills up the last line.
+    const ZEROS: Self::Line;
 
+    fn widen(line: Self::Line) -> Self::Values;
+    fn narrow(values: Self::Values) -> Self::Line;
     fn scalar(value: f64) -> Self::Scalar;
 }
 
 macro_rules! elements {
-    ($($t:ty: $line:expr, $scalar:ty;)*) => {$(
+    ($($t:ty: $line:expr, $zero:expr, $scalar:ty;)*) => {$(
         impl Element for $t {
+            type Value = Self;
             type Line = [Self; $line];
+            type Values = [Self; $line];
             type Scalar = $scalar;
+            const ZEROS: Self::Line = [$zero; $line];
+
+            #[inline(always)]
+            fn widen(line: Self::Line) -> Self::Values {
+                line
+            }
+
+            #[inline(always)]
+            fn narrow(values: Self::Values) -> Self::Line {
+                values
+            }
 
             #[inline(always)]
             fn scalar(value: f64) -> $scalar {
@@ -24,58 +47,40 @@ macro_rules! elements {
     )*};
 }
 
-// The divisor of integers is wider than the small ones: 200 ranks may average bytes. A quotient of two
-// 32-bit numbers is so far from the next integer that f64 division and truncation are exact, and f64 has
-// vector instructions for it.
-elements! {
-    u8: 64, f64;
-    i8: 64, f64;
-    u16: 32, f64;
-    i16: 32, f64;
-    u32: 16, f64;
-    i32: 16, f64;
-    u64: 8, i64;
-    i64: 8, i64;
-    f32: 16, f32;
-    f64: 8, f64;
-}
-
 /// A complex number, as libtorch lays it out. Only its product needs more than its two parts.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub(super) struct Complex<T>(pub(super) T, pub(super) T);
 
-impl Element for Complex<f32> {
-    type Line = [Self; 8];
-    type Scalar = f32;
-
-    #[inline(always)]
-    fn scalar(value: f64) -> f32 {
-        value as f32
-    }
+// The divisor of integers is wider than the small ones: 200 ranks may average bytes. A quotient of two
+// 32-bit numbers is so far from the next integer that f64 division and truncation are exact, and f64 has
+// vector instructions for it.
+elements! {
+    u8: 64, 0, f64;
+    i8: 64, 0, f64;
+    u16: 32, 0, f64;
+    i16: 32, 0, f64;
+    u32: 16, 0, f64;
+    i32: 16, 0, f64;
+    u64: 8, 0, i64;
+    i64: 8, 0, i64;
+    f32: 16, 0.0, f32;
+    f64: 8, 0.0, f64;
+    Complex<f32>: 8, Complex(0.0, 0.0), f32;
+    Complex<f64>: 4, Complex(0.0, 0.0), f64;
 }
 
-impl Element for Complex<f64> {
-    type Line = [Self; 4];
-    type Scalar = f64;
-
-    #[inline(always)]
-    fn scalar(value: f64) -> f64 {
-        value
-    }
-}
-
-/// How elements combine.
+/// How values combine.
 pub(super) trait Combine<E: Element> {
     #[inline(always)]
-    fn premultiply(operand: E, _factor: E::Scalar) -> E {
+    fn premultiply(operand: E::Value, _factor: E::Scalar) -> E::Value {
         operand
     }
 
-    fn combine(left: E, right: E) -> E;
+    fn combine(left: E::Value, right: E::Value) -> E::Value;
 
     #[inline(always)]
-    fn finish(total: E, _ranks: E::Scalar) -> E {
+    fn finish(total: E::Value, _ranks: E::Scalar) -> E::Value {
         total
     }
 }
@@ -94,7 +99,7 @@ pub(super) struct Or;
 pub(super) struct Xor;
 
 macro_rules! integers {
-    ($($t:ty, $wide:ty;)*) => {$(
+    ($($t:ty, $quotient:expr;)*) => {$(
         impl Combine<$t> for Sum {
             #[inline(always)]
             fn combine(left: $t, right: $t) -> $t {
@@ -113,8 +118,9 @@ macro_rules! integers {
                 left.wrapping_add(right)
             }
             #[inline(always)]
-            fn finish(total: $t, ranks: $wide) -> $t {
-                (total as $wide / ranks) as $t
+            fn finish(total: $t, ranks: <$t as Element>::Scalar) -> $t {
+                let quotient: fn($t, <$t as Element>::Scalar) -> $t = $quotient;
+                quotient(total, ranks)
             }
         }
         impl Combine<$t> for Min {
@@ -131,29 +137,38 @@ macro_rules! integers {
         }
     )*};
 }
-integers! { u8, f64; i8, f64; u16, f64; i16, f64; u32, f64; i32, f64; u64, i64; i64, i64; }
 
+macro_rules! small_integers {
+    ($($t:ty)*) => {
+        integers! {$(
+            // SAFETY: dividing by one or more stays within the type.
+            $t, |total, ranks| unsafe { (f64::from(total) / ranks).to_int_unchecked() };
+        )*}
+    };
+}
+
+small_integers! { u8 i8 u16 i16 u32 i32 }
+integers! {
+    i64, |total, ranks| total.wrapping_div(ranks);
+    u64, |total, ranks| total / ranks as u64;
+}
+
+/// Floats, and halves, whose values are f32.
 macro_rules! floats {
-    ($($t:ty)*) => {$(
-        impl Combine<$t> for Sum {
+    ([$($generic:tt)*] $e:ty, $t:ty) => {
+        impl<$($generic)*> Combine<$e> for Sum {
             #[inline(always)]
             fn combine(left: $t, right: $t) -> $t {
                 left + right
             }
         }
-        impl Combine<$t> for Product {
+        impl<$($generic)*> Combine<$e> for Product {
             #[inline(always)]
             fn combine(left: $t, right: $t) -> $t {
                 left * right
             }
         }
-        impl Combine<Complex<$t>> for Product {
-            #[inline(always)]
-            fn combine(left: Complex<$t>, right: Complex<$t>) -> Complex<$t> {
-                Complex(left.0 * right.0 - left.1 * right.1, left.0 * right.1 + left.1 * right.0)
-            }
-        }
-        impl Combine<$t> for Avg {
+        impl<$($generic)*> Combine<$e> for Avg {
             #[inline(always)]
             fn combine(left: $t, right: $t) -> $t {
                 left + right
@@ -163,7 +178,7 @@ macro_rules! floats {
                 total / ranks
             }
         }
-        impl Combine<$t> for AvgPow2 {
+        impl<$($generic)*> Combine<$e> for AvgPow2 {
             #[inline(always)]
             fn combine(left: $t, right: $t) -> $t {
                 left + right
@@ -173,7 +188,7 @@ macro_rules! floats {
                 total * (1.0 / ranks)
             }
         }
-        impl Combine<$t> for Premul {
+        impl<$($generic)*> Combine<$e> for Premul {
             #[inline(always)]
             fn premultiply(operand: $t, factor: $t) -> $t {
                 operand * factor
@@ -183,22 +198,36 @@ macro_rules! floats {
                 left + right
             }
         }
-        impl Combine<$t> for Min {
+        impl<$($generic)*> Combine<$e> for Min {
             #[inline(always)]
             fn combine(left: $t, right: $t) -> $t {
                 // A NaN on the right fails the comparison and is taken; one on the left is kept.
                 if left.is_nan() || left < right { left } else { right }
             }
         }
-        impl Combine<$t> for Max {
+        impl<$($generic)*> Combine<$e> for Max {
             #[inline(always)]
             fn combine(left: $t, right: $t) -> $t {
                 if left.is_nan() || left > right { left } else { right }
             }
         }
+    };
+}
+floats! { [] f32, f32 }
+floats! { [] f64, f64 }
+floats! { [H: super::halves::Half] super::halves::As<H>, f32 }
+
+macro_rules! complex {
+    ($($t:ty)*) => {$(
+        impl Combine<Complex<$t>> for Product {
+            #[inline(always)]
+            fn combine(left: Complex<$t>, right: Complex<$t>) -> Complex<$t> {
+                Complex(left.0 * right.0 - left.1 * right.1, left.0 * right.1 + left.1 * right.0)
+            }
+        }
     )*};
 }
-floats! { f32 f64 }
+complex! { f32 f64 }
 
 macro_rules! bits {
     ($($op:ident $symbol:tt)*) => {$(
@@ -223,55 +252,71 @@ fn one_at_a_time() {
     }
 }
 
-/// `dst[i] = finish(src[0][i] ∘ src[1][i] ∘ …)`, in that order.
+/// `dst[i] = finish(first[i] ∘ rest[0][i] ∘ …)`, in that order.
 ///
 /// A line of every operand is read before the line of `dst` is written, so `dst` may be an operand.
 ///
 /// # Safety
-/// `dst` is writable and every `src` readable for `numel` elements, at any alignment; each `src` is
+/// `dst` is writable and every operand readable for `numel` elements, at any alignment; each operand is
 /// `dst` itself or does not overlap it.
 #[inline(always)]
-pub(super) unsafe fn fold<E: Element, C: Combine<E>, const N: usize>(
+pub(super) unsafe fn fold<E: Element, C: Combine<E>>(
     dst: *mut u8,
-    src: [*const u8; N],
-    factors: [E::Scalar; N],
+    first: &Operand,
+    rest: &[Operand],
     numel: usize,
-    ranks: E::Scalar,
+    ranks: f64,
 ) {
-    let line = size_of::<E::Line>() / size_of::<E>();
-    let lines = numel / line;
-    for l in 0..lines {
+    let ranks = E::scalar(ranks);
+    let bytes = numel * size_of::<E>();
+    let line = size_of::<E::Line>();
+    let whole = bytes / line * line;
+    let read = |operand: &Operand, at: usize| {
+        // SAFETY: `at` begins a whole line of `numel` elements.
+        E::widen(unsafe { operand.data.add(at).cast::<E::Line>().read_unaligned() })
+    };
+    for at in (0..whole).step_by(line) {
         one_at_a_time();
-        let at = l * size_of::<E::Line>();
-        // SAFETY: line `l` lies within `numel` elements.
-        let mut total: E::Line = unsafe { src[0].add(at).cast::<E::Line>().read_unaligned() };
-        for t in total.as_mut() {
-            *t = C::premultiply(*t, factors[0]);
-        }
-        for n in 1..N {
-            // SAFETY: as above.
-            let right: E::Line = unsafe { src[n].add(at).cast::<E::Line>().read_unaligned() };
-            for (t, &r) in total.as_mut().iter_mut().zip(right.as_ref()) {
-                *t = C::combine(*t, C::premultiply(r, factors[n]));
-            }
-        }
-        for t in total.as_mut() {
-            *t = C::finish(*t, ranks);
-        }
-        // SAFETY: as above, and all operands of this line have been read.
-        unsafe { dst.add(at).cast::<E::Line>().write_unaligned(total) };
+        let values = combined::<E, C>(first, rest, ranks, |operand| read(operand, at));
+        // SAFETY: as in `read`, and all operands of this line have been read.
+        unsafe { dst.add(at).cast::<E::Line>().write_unaligned(E::narrow(values)) };
     }
-    for i in lines * line..numel {
-        one_at_a_time();
-        let at = i * size_of::<E>();
-        // SAFETY: element `i` lies within `numel` elements.
-        unsafe {
-            let mut total = C::premultiply(src[0].add(at).cast::<E>().read_unaligned(), factors[0]);
-            for n in 1..N {
-                let right = C::premultiply(src[n].add(at).cast::<E>().read_unaligned(), factors[n]);
-                total = C::combine(total, right);
-            }
-            dst.add(at).cast::<E>().write_unaligned(C::finish(total, ranks));
+    if whole < bytes {
+        let left = bytes - whole;
+        let values = combined::<E, C>(first, rest, ranks, |operand| {
+            let mut line = E::ZEROS;
+            // SAFETY: `left` bytes remain, which is less than a line.
+            unsafe { (&raw mut line).cast::<u8>().copy_from_nonoverlapping(operand.data.add(whole), left) };
+            E::widen(line)
+        });
+        let line = E::narrow(values);
+        // SAFETY: as above.
+        unsafe { dst.add(whole).copy_from_nonoverlapping((&raw const line).cast(), left) };
+    }
+}
+
+/// One line of all operands.
+#[inline(always)]
+fn combined<E: Element, C: Combine<E>>(
+    first: &Operand,
+    rest: &[Operand],
+    ranks: E::Scalar,
+    read: impl Fn(&Operand) -> E::Values,
+) -> E::Values {
+    let mut total = read(first);
+    let factor = E::scalar(first.factor);
+    for t in total.as_mut() {
+        *t = C::premultiply(*t, factor);
+    }
+    for operand in rest {
+        let right = read(operand);
+        let factor = E::scalar(operand.factor);
+        for (t, &r) in total.as_mut().iter_mut().zip(right.as_ref()) {
+            *t = C::combine(*t, C::premultiply(r, factor));
         }
     }
+    for t in total.as_mut() {
+        *t = C::finish(*t, ranks);
+    }
+    total
 }

@@ -1,182 +1,125 @@
-//! 16-bit floats to f32 and back, rounding to nearest even.
+//! 16-bit floats: combined as f32, rounded once, to nearest even.
 
-#[cfg(test)]
-use half::bf16;
+use std::marker::PhantomData;
+
 use half::f16;
 
-use super::select::Isa;
+use super::element::Element;
 
-/// The two 16-bit floats.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Half {
-    F16,
-    Bf16,
+/// How a line of 16-bit floats becomes a line of f32, and back.
+pub(super) trait Half: Copy {
+    fn widen(line: [u16; 16]) -> [f32; 16];
+    fn narrow(values: [f32; 16]) -> [u16; 16];
 }
 
-impl Half {
-    /// Reads `numel` halves at `src` into floats at `dst`.
-    ///
-    /// # Safety
-    /// `src` is readable and `dst` writable for that many, at any alignment; the processor has `isa`.
-    pub(super) unsafe fn widen(self, isa: Isa, src: *const u8, dst: *mut f32, numel: usize) {
-        // SAFETY: the caller's promise.
-        unsafe {
-            match (self, isa) {
-                (Self::F16, Isa::Plain) => plain::widen_f16(src, dst, numel),
-                (Self::Bf16, Isa::Plain) => plain::widen_bf16(src, dst, numel),
-                #[cfg(target_arch = "x86_64")]
-                (Self::F16, _) => x86::widen_f16(src, dst, numel),
-                #[cfg(target_arch = "x86_64")]
-                (Self::Bf16, _) => x86::widen_bf16(src, dst, numel),
-            }
-        }
+/// An element that is such a float.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(super) struct As<H>(u16, PhantomData<H>);
+
+impl<H: Half> Element for As<H> {
+    type Value = f32;
+    type Line = [u16; 16];
+    type Values = [f32; 16];
+    type Scalar = f32;
+    const ZEROS: Self::Line = [0; 16];
+
+    #[inline(always)]
+    fn widen(line: Self::Line) -> Self::Values {
+        H::widen(line)
     }
 
-    /// Writes `numel` floats at `src` as halves at `dst`.
-    ///
-    /// # Safety
-    /// As [`widen`](Self::widen).
-    pub(super) unsafe fn narrow(self, isa: Isa, src: *const f32, dst: *mut u8, numel: usize) {
-        // SAFETY: the caller's promise.
-        unsafe {
-            match (self, isa) {
-                (Self::F16, Isa::Plain) => plain::narrow_f16(src, dst, numel),
-                (Self::Bf16, Isa::Plain) => plain::narrow_bf16(src, dst, numel),
-                #[cfg(target_arch = "x86_64")]
-                (Self::F16, _) => x86::narrow_f16(src, dst, numel),
-                #[cfg(target_arch = "x86_64")]
-                (Self::Bf16, _) => x86::narrow_bf16(src, dst, numel),
-            }
-        }
+    #[inline(always)]
+    fn narrow(values: Self::Values) -> Self::Line {
+        H::narrow(values)
     }
 
-    /// The half nearest to `value`, as bits.
-    #[cfg(test)]
-    pub(super) fn bits(self, value: f32) -> u16 {
-        match self {
-            Self::F16 => f16::from_f32(value).to_bits(),
-            Self::Bf16 => bf16::from_f32(value).to_bits(),
-        }
+    #[inline(always)]
+    fn scalar(value: f64) -> f32 {
+        value as f32
+    }
+}
+
+/// BFloat16: the upper half of an f32.
+#[derive(Clone, Copy)]
+pub(super) struct Bf16;
+
+impl Half for Bf16 {
+    #[inline(always)]
+    fn widen(line: [u16; 16]) -> [f32; 16] {
+        line.map(|bits| f32::from_bits(u32::from(bits) << 16))
     }
 
-    /// The value of a half.
-    #[cfg(test)]
-    pub(super) fn value(self, bits: u16) -> f32 {
-        match self {
-            Self::F16 => f16::from_bits(bits).to_f32(),
-            Self::Bf16 => bf16::from_bits(bits).to_f32(),
+    #[inline(always)]
+    fn narrow(values: [f32; 16]) -> [u16; 16] {
+        let mut bits = [0_u32; 16];
+        for (bits, value) in bits.iter_mut().zip(values) {
+            *bits = round_to_bf16(value);
         }
+        bits.map(|bits| bits as u16)
     }
 }
 
 /// What `half::bf16::from_f32` does, without branches: to nearest even; a NaN stays one, made quiet.
 #[inline(always)]
-fn round_to_bf16(value: f32) -> u16 {
+fn round_to_bf16(value: f32) -> u32 {
     let bits = value.to_bits();
     let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1));
     let quiet = bits | 0x0040_0000;
-    ((if value.is_nan() { quiet } else { rounded }) >> 16) as u16
+    (if value.is_nan() { quiet } else { rounded }) >> 16
 }
 
-/// Loops for any processor; the compiler makes of them what the caller's features allow.
-///
-/// # Safety
-/// Of all of these: as [`Half::widen`].
-mod plain {
-    use super::{f16, round_to_bf16};
+/// IEEE half precision on any processor.
+#[derive(Clone, Copy)]
+pub(super) struct F16;
 
+impl Half for F16 {
     #[inline(always)]
-    pub(super) unsafe fn widen_bf16(src: *const u8, dst: *mut f32, numel: usize) {
-        for i in 0..numel {
-            // SAFETY: the caller's promise.
-            unsafe {
-                let bits = src.cast::<u16>().add(i).read_unaligned();
-                dst.add(i).write_unaligned(f32::from_bits(u32::from(bits) << 16));
-            }
-        }
+    fn widen(line: [u16; 16]) -> [f32; 16] {
+        line.map(|bits| f16::from_bits(bits).to_f32())
     }
 
     #[inline(always)]
-    pub(super) unsafe fn narrow_bf16(src: *const f32, dst: *mut u8, numel: usize) {
-        for i in 0..numel {
-            // SAFETY: the caller's promise.
-            unsafe { dst.cast::<u16>().add(i).write_unaligned(round_to_bf16(src.add(i).read_unaligned())) };
-        }
-    }
-
-    #[inline(always)]
-    pub(super) unsafe fn widen_f16(src: *const u8, dst: *mut f32, numel: usize) {
-        for i in 0..numel {
-            // SAFETY: the caller's promise.
-            unsafe {
-                let bits = src.cast::<u16>().add(i).read_unaligned();
-                dst.add(i).write_unaligned(f16::from_bits(bits).to_f32());
-            }
-        }
-    }
-
-    #[inline(always)]
-    pub(super) unsafe fn narrow_f16(src: *const f32, dst: *mut u8, numel: usize) {
-        for i in 0..numel {
-            // SAFETY: the caller's promise.
-            unsafe {
-                let bits = f16::from_f32(src.add(i).read_unaligned()).to_bits();
-                dst.cast::<u16>().add(i).write_unaligned(bits);
-            }
-        }
+    fn narrow(values: [f32; 16]) -> [u16; 16] {
+        values.map(|value| f16::from_f32(value).to_bits())
     }
 }
 
-/// The same with AVX2 and F16C, which every processor with AVX-512 has too.
-///
-/// # Safety
-/// Of all of these: as [`Half::widen`], on a processor that has these features.
+/// The same by instruction: only in loops compiled for a processor that has F16C.
 #[cfg(target_arch = "x86_64")]
-mod x86 {
-    use std::arch::x86_64::{
-        _MM_FROUND_TO_NEAREST_INT, _mm_loadu_si128, _mm_storeu_si128, _mm256_cvtph_ps, _mm256_cvtps_ph,
-        _mm256_loadu_ps, _mm256_storeu_ps,
-    };
+#[derive(Clone, Copy)]
+pub(super) struct F16c;
 
-    use super::plain;
-
-    #[target_feature(enable = "avx2")]
-    pub(super) unsafe fn widen_bf16(src: *const u8, dst: *mut f32, numel: usize) {
-        // SAFETY: the caller's promise.
-        unsafe { plain::widen_bf16(src, dst, numel) }
-    }
-
-    #[target_feature(enable = "avx2")]
-    pub(super) unsafe fn narrow_bf16(src: *const f32, dst: *mut u8, numel: usize) {
-        // SAFETY: the caller's promise.
-        unsafe { plain::narrow_bf16(src, dst, numel) }
-    }
-
-    #[target_feature(enable = "avx2,f16c")]
-    pub(super) unsafe fn widen_f16(src: *const u8, dst: *mut f32, numel: usize) {
-        let whole = numel / 8 * 8;
-        for i in (0..whole).step_by(8) {
-            // SAFETY: the caller's promise, for eight from `i` on.
+#[cfg(target_arch = "x86_64")]
+impl Half for F16c {
+    #[inline(always)]
+    fn widen(line: [u16; 16]) -> [f32; 16] {
+        use std::arch::x86_64::{_mm_loadu_si128, _mm256_cvtph_ps, _mm256_storeu_ps};
+        let mut values = [0.0; 16];
+        for half in 0..2 {
+            // SAFETY: eight of sixteen; the processor has the instruction, as this type says.
             unsafe {
-                let halves = _mm_loadu_si128(src.add(2 * i).cast());
-                _mm256_storeu_ps(dst.add(i), _mm256_cvtph_ps(halves));
+                let bits = _mm_loadu_si128(line.as_ptr().add(8 * half).cast());
+                _mm256_storeu_ps(values.as_mut_ptr().add(8 * half), _mm256_cvtph_ps(bits));
             }
         }
-        // SAFETY: the caller's promise.
-        unsafe { plain::widen_f16(src.add(2 * whole), dst.add(whole), numel - whole) }
+        values
     }
 
-    #[target_feature(enable = "avx2,f16c")]
-    pub(super) unsafe fn narrow_f16(src: *const f32, dst: *mut u8, numel: usize) {
-        let whole = numel / 8 * 8;
-        for i in (0..whole).step_by(8) {
-            // SAFETY: the caller's promise, for eight from `i` on.
+    #[inline(always)]
+    fn narrow(values: [f32; 16]) -> [u16; 16] {
+        use std::arch::x86_64::{
+            _MM_FROUND_TO_NEAREST_INT, _mm_storeu_si128, _mm256_cvtps_ph, _mm256_loadu_ps,
+        };
+        let mut line = [0; 16];
+        for half in 0..2 {
+            // SAFETY: as in `widen`.
             unsafe {
-                let halves = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(_mm256_loadu_ps(src.add(i)));
-                _mm_storeu_si128(dst.add(2 * i).cast(), halves);
+                let values = _mm256_loadu_ps(values.as_ptr().add(8 * half));
+                let bits = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(values);
+                _mm_storeu_si128(line.as_mut_ptr().add(8 * half).cast(), bits);
             }
         }
-        // SAFETY: the caller's promise.
-        unsafe { plain::narrow_f16(src.add(whole), dst.add(2 * whole), numel - whole) }
+        line
     }
 }

@@ -2,16 +2,17 @@
 
 use tch::Kind;
 
+use super::Operand;
 use super::element::{
     And, Avg, AvgPow2, Combine, Complex, Element, Max, Min, Or, Premul, Product, Sum, Xor, fold,
 };
+#[cfg(target_arch = "x86_64")]
+use super::halves::F16c;
+use super::halves::{As, Bf16, F16};
 use crate::ReduceOp;
 
-/// How many operands a loop takes at once.
-pub(super) const MOST: usize = 4;
-
-/// Combines 1 to [`MOST`] operands: destination, operands, their factors, number of units, ranks.
-pub(super) type Kernel = unsafe fn(*mut u8, &[*const u8], &[f64], usize, f64);
+/// Combines operands: destination, operands, number of units, ranks.
+pub(super) type Kernel = unsafe fn(*mut u8, &[Operand], usize, f64);
 
 /// A loop and how many of its units make an element (a complex number is two floats).
 #[derive(Clone, Copy, Debug)]
@@ -51,8 +52,7 @@ impl Isa {
     }
 }
 
-/// The loop for elements that are combined as what they are (halves come as f32); in words what
-/// means nothing.
+/// The loop for an op and a kind; `None` where that means nothing.
 pub(super) fn choose(op: ReduceOp, kind: Kind, ranks: usize, isa: Isa) -> Option<Choice> {
     use Kind::{
         BFloat16, Bool, ComplexDouble, ComplexFloat, Double, Float, Half, Int, Int8, Int16, Int64, Uint8,
@@ -77,7 +77,7 @@ pub(super) fn choose(op: ReduceOp, kind: Kind, ranks: usize, isa: Isa) -> Option
         (ReduceOp::Sum, Int16) => one(pick::<u16, Sum>(isa)),
         (ReduceOp::Sum, Int) => one(pick::<u32, Sum>(isa)),
         (ReduceOp::Sum, Int64) => one(pick::<u64, Sum>(isa)),
-        (ReduceOp::Sum, Half | BFloat16 | Float) => one(pick::<f32, Sum>(isa)),
+        (ReduceOp::Sum, Float) => one(pick::<f32, Sum>(isa)),
         (ReduceOp::Sum, ComplexFloat) => many(2, pick::<f32, Sum>(isa)),
         (ReduceOp::Sum, Double) => one(pick::<f64, Sum>(isa)),
         (ReduceOp::Sum, ComplexDouble) => many(2, pick::<f64, Sum>(isa)),
@@ -85,7 +85,7 @@ pub(super) fn choose(op: ReduceOp, kind: Kind, ranks: usize, isa: Isa) -> Option
         (ReduceOp::Product, Int16) => one(pick::<u16, Product>(isa)),
         (ReduceOp::Product, Int) => one(pick::<u32, Product>(isa)),
         (ReduceOp::Product, Int64) => one(pick::<u64, Product>(isa)),
-        (ReduceOp::Product, Half | BFloat16 | Float) => one(pick::<f32, Product>(isa)),
+        (ReduceOp::Product, Float) => one(pick::<f32, Product>(isa)),
         (ReduceOp::Product, ComplexFloat) => one(pick::<Complex<f32>, Product>(isa)),
         (ReduceOp::Product, Double) => one(pick::<f64, Product>(isa)),
         (ReduceOp::Product, ComplexDouble) => one(pick::<Complex<f64>, Product>(isa)),
@@ -94,7 +94,7 @@ pub(super) fn choose(op: ReduceOp, kind: Kind, ranks: usize, isa: Isa) -> Option
         (ReduceOp::Avg, Int16) => one(pick::<i16, Avg>(isa)),
         (ReduceOp::Avg, Int) => one(pick::<i32, Avg>(isa)),
         (ReduceOp::Avg, Int64) => one(pick::<i64, Avg>(isa)),
-        (ReduceOp::Avg, Half | BFloat16 | Float | ComplexFloat) => {
+        (ReduceOp::Avg, Float | ComplexFloat) => {
             let kernel = if pow2 { pick::<f32, AvgPow2>(isa) } else { pick::<f32, Avg>(isa) };
             many(if kind == ComplexFloat { 2 } else { 1 }, kernel)
         }
@@ -107,21 +107,42 @@ pub(super) fn choose(op: ReduceOp, kind: Kind, ranks: usize, isa: Isa) -> Option
         (ReduceOp::Min, Int16) => one(pick::<i16, Min>(isa)),
         (ReduceOp::Min, Int) => one(pick::<i32, Min>(isa)),
         (ReduceOp::Min, Int64) => one(pick::<i64, Min>(isa)),
-        (ReduceOp::Min, Half | BFloat16 | Float) => one(pick::<f32, Min>(isa)),
+        (ReduceOp::Min, Float) => one(pick::<f32, Min>(isa)),
         (ReduceOp::Min, Double) => one(pick::<f64, Min>(isa)),
         (ReduceOp::Max, Uint8) => one(pick::<u8, Max>(isa)),
         (ReduceOp::Max, Int8) => one(pick::<i8, Max>(isa)),
         (ReduceOp::Max, Int16) => one(pick::<i16, Max>(isa)),
         (ReduceOp::Max, Int) => one(pick::<i32, Max>(isa)),
         (ReduceOp::Max, Int64) => one(pick::<i64, Max>(isa)),
-        (ReduceOp::Max, Half | BFloat16 | Float) => one(pick::<f32, Max>(isa)),
+        (ReduceOp::Max, Float) => one(pick::<f32, Max>(isa)),
         (ReduceOp::Max, Double) => one(pick::<f64, Max>(isa)),
-        (ReduceOp::PremulSum(_), Half | BFloat16 | Float) => one(pick::<f32, Premul>(isa)),
+        (ReduceOp::PremulSum(_), Float) => one(pick::<f32, Premul>(isa)),
         (ReduceOp::PremulSum(_), ComplexFloat) => many(2, pick::<f32, Premul>(isa)),
         (ReduceOp::PremulSum(_), Double) => one(pick::<f64, Premul>(isa)),
         (ReduceOp::PremulSum(_), ComplexDouble) => many(2, pick::<f64, Premul>(isa)),
+        (_, BFloat16) => half::<Bf16>(op, pow2, isa),
+        (_, Half) => match isa {
+            Isa::Plain => half::<F16>(op, pow2, isa),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 | Isa::Avx512 => half::<F16c>(op, pow2, isa),
+        },
         _ => None,
     }
+}
+
+fn half<H: super::halves::Half>(op: ReduceOp, pow2: bool, isa: Isa) -> Option<Choice> {
+    let kernel = match op {
+        ReduceOp::Sum => pick::<As<H>, Sum>(isa),
+        ReduceOp::Product => pick::<As<H>, Product>(isa),
+        ReduceOp::Avg if pow2 => pick::<As<H>, AvgPow2>(isa),
+        ReduceOp::Avg => pick::<As<H>, Avg>(isa),
+        ReduceOp::Min => pick::<As<H>, Min>(isa),
+        ReduceOp::Max => pick::<As<H>, Max>(isa),
+        ReduceOp::PremulSum(_) => pick::<As<H>, Premul>(isa),
+        // Bits of floats.
+        _ => return None,
+    };
+    Some(Choice { kernel, units: 1 })
 }
 
 fn pick<E: Element, C: Combine<E>>(isa: Isa) -> Kernel {
@@ -135,70 +156,36 @@ fn pick<E: Element, C: Combine<E>>(isa: Isa) -> Kernel {
 }
 
 /// # Safety
-/// As [`fold`]; there are 1 to [`MOST`] operands and as many factors.
+/// As [`fold`].
 #[inline(always)]
-unsafe fn by_number<E: Element, C: Combine<E>>(
-    dst: *mut u8,
-    src: &[*const u8],
-    factors: &[f64],
-    numel: usize,
-    ranks: f64,
-) {
-    let f = |n: usize| E::scalar(factors[n]);
-    let ranks = E::scalar(ranks);
+unsafe fn by_number<E: Element, C: Combine<E>>(dst: *mut u8, src: &[Operand], numel: usize, ranks: f64) {
     // SAFETY: the caller's promise.
     unsafe {
-        match *src {
-            [a] => fold::<E, C, 1>(dst, [a], [f(0)], numel, ranks),
-            [a, b] => fold::<E, C, 2>(dst, [a, b], [f(0), f(1)], numel, ranks),
-            [a, b, c] => fold::<E, C, 3>(dst, [a, b, c], [f(0), f(1), f(2)], numel, ranks),
-            [a, b, c, d] => {
-                fold::<E, C, 4>(dst, [a, b, c, d], [f(0), f(1), f(2), f(3)], numel, ranks);
+        match src {
+            // Two is the usual number: the loop over the others unrolls.
+            [first, second] => {
+                fold::<E, C>(dst, first, std::slice::from_ref(second), numel, ranks);
             }
-            _ => unreachable!("a kernel takes 1 to 4 operands"),
+            [first, rest @ ..] => fold::<E, C>(dst, first, rest, numel, ranks),
+            [] => {}
         }
     }
 }
 
-/// # Safety
-/// As [`by_number`].
-unsafe fn plain<E: Element, C: Combine<E>>(
-    dst: *mut u8,
-    src: &[*const u8],
-    factors: &[f64],
-    numel: usize,
-    ranks: f64,
-) {
-    // SAFETY: the caller's promise.
-    unsafe { by_number::<E, C>(dst, src, factors, numel, ranks) }
+macro_rules! compiled {
+    ($($name:ident $(for $arch:literal with $features:literal)?;)*) => {$(
+        /// # Safety
+        /// As [`fold`], on a processor that has the features.
+        $(#[cfg(target_arch = $arch)] #[target_feature(enable = $features)])?
+        unsafe fn $name<E: Element, C: Combine<E>>(dst: *mut u8, src: &[Operand], numel: usize, ranks: f64) {
+            // SAFETY: the caller's promise.
+            unsafe { by_number::<E, C>(dst, src, numel, ranks) }
+        }
+    )*};
 }
 
-/// # Safety
-/// As [`by_number`], on a processor that has these features.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,f16c")]
-unsafe fn avx2<E: Element, C: Combine<E>>(
-    dst: *mut u8,
-    src: &[*const u8],
-    factors: &[f64],
-    numel: usize,
-    ranks: f64,
-) {
-    // SAFETY: the caller's promise.
-    unsafe { by_number::<E, C>(dst, src, factors, numel, ranks) }
-}
-
-/// # Safety
-/// As [`by_number`], on a processor that has these features.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-unsafe fn avx512<E: Element, C: Combine<E>>(
-    dst: *mut u8,
-    src: &[*const u8],
-    factors: &[f64],
-    numel: usize,
-    ranks: f64,
-) {
-    // SAFETY: the caller's promise.
-    unsafe { by_number::<E, C>(dst, src, factors, numel, ranks) }
+compiled! {
+    plain;
+    avx2 for "x86_64" with "avx2,f16c";
+    avx512 for "x86_64" with "avx512f,avx512bw,avx512dq,avx512vl,avx2,f16c";
 }

@@ -268,8 +268,7 @@ impl<'a> Machine<'a> {
         };
         let combine = |input: &Segment<'_>, output: &Segment<'_>, at: &dyn Fn(usize) -> usize| {
             let Some(reducer) = &self.reducer else { return };
-            let operand =
-                |r| Operand { data: payload(r, at(r)), partial: false, factor: self.factor(inner, r) };
+            let operand = |r| Operand { data: payload(r, at(r)), factor: self.factor(inner, r) };
             let operands = Operands { reducer, rank, all: (0..ranks).map(operand).collect() };
             let (input, output) = (List::new(input), List::new(output));
             // SAFETY: as above; a buffer is its own output or does not overlap it.
@@ -423,11 +422,7 @@ impl View<'_> {
         }
         let (segment, rank) = (&self.inner.segment, self.inner.rank);
         let factors = self.position.factors.iter().enumerate();
-        let all = factors.map(|(r, &factor)| Operand {
-            data: segment.chunk_for(r, rank, step),
-            partial: false,
-            factor,
-        });
+        let all = factors.map(|(r, &factor)| Operand { data: segment.chunk_for(r, rank, step), factor });
         let operands = Operands { reducer, rank, all: all.collect() };
         let part = |s: &Stream| s.chunk(step, segment.layout.chunk);
         let lists = &self.stages.lists;

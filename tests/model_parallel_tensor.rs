@@ -4,9 +4,9 @@ use tch::nn::{self, Module};
 use tch::{Device, Kind, Reduction, Tensor};
 use tch_distributed::model_parallel::DeviceMesh;
 use tch_distributed::model_parallel::tensor::{
-    Activation, AttentionConfig, ColumnParallelLinear, IGNORED_TARGET, Layout, ParallelEmbeddingConfig,
-    ParallelLayerNorm, ParallelLinearConfig, ParallelMlp, ParallelSelfAttention, RowParallelLinear,
-    VocabParallelEmbedding, join_sequence, split_sequence, vocab_parallel_cross_entropy,
+    Activation, AttentionConfig, ColumnParallelLinear, IGNORED_TARGET, Layout, ParallelLayerNorm,
+    ParallelLinearConfig, ParallelMlp, ParallelSelfAttention, RowParallelLinear, VocabParallelEmbedding,
+    join_sequence, split_sequence, vocab_parallel_cross_entropy,
 };
 use tch_distributed::testing::run_threads;
 use tch_distributed::{Error, ProcessGroup, functional};
@@ -248,7 +248,7 @@ fn a_vocabulary_split_over_ranks_embeds_as_a_whole_one_and_its_tied_head_never_g
             for sequence_parallel in [false, true] {
                 // 11 tokens: no number of ranks divides them.
                 let model = |path: &nn::Path, group: &ProcessGroup| -> Box<dyn Fn(&Tensor) -> Tensor> {
-                    let config = ParallelEmbeddingConfig { sequence_parallel, ..Default::default() };
+                    let config = ParallelLinearConfig { sequence_parallel, ..Default::default() };
                     let table = VocabParallelEmbedding::new(path, 11, 6, config, group).unwrap();
                     let group = group.clone();
                     Box::new(move |ids| {

@@ -3,9 +3,8 @@
 use tch::nn::{self, Init, Module};
 use tch::{Kind, Tensor};
 use tch_distributed::model_parallel::tensor::{
-    Activation, AttentionConfig, LinearInit, ParallelEmbeddingConfig, ParallelLayerNorm,
-    ParallelLinearConfig, ParallelMlp, ParallelSelfAttention, VocabParallelEmbedding, split_sequence,
-    vocab_parallel_cross_entropy,
+    Activation, AttentionConfig, LinearInit, ParallelLayerNorm, ParallelLinearConfig, ParallelMlp,
+    ParallelSelfAttention, VocabParallelEmbedding, split_sequence, vocab_parallel_cross_entropy,
 };
 use tch_distributed::{ProcessGroup, Result};
 
@@ -74,11 +73,11 @@ impl Part {
         let (first, last) = (part == 0, part + 1 == parts);
         let embedding = || {
             tch::manual_seed(config.seed);
-            let embedding = ParallelEmbeddingConfig {
-                ws_init: Init::Randn { mean: 0.0, stdev: 0.02 },
-                sequence_parallel: config.sequence_parallel,
-            };
-            VocabParallelEmbedding::new(root / "wte", config.vocabulary, config.width, embedding, group)
+            let (vocabulary, width) = (config.vocabulary, config.width);
+            let small = Init::Randn { mean: 0.0, stdev: 0.02 };
+            let config =
+                ParallelLinearConfig { sequence_parallel: config.sequence_parallel, ..Default::default() };
+            VocabParallelEmbedding::with_init(root / "wte", vocabulary, width, small, config, group)
         };
         // The head is tied to the embedding: one tensor where a rank has both, a copy where it has the head only.
         let tokens = (first || last).then(embedding).transpose()?;

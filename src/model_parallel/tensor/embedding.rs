@@ -12,45 +12,20 @@ use crate::functional::{all_gather_even, copy_to_group, reduce_from_group, reduc
 use crate::model_parallel::escape::or_raise;
 use crate::{Error, ProcessGroup, Result};
 
-/// How a split embedding begins and meets its surroundings. tch's own `EmbeddingConfig` converts into it.
-#[derive(Clone, Copy, Debug)]
-pub struct ParallelEmbeddingConfig {
-    /// The initial weight (default: standard normal).
-    pub ws_init: Init,
-    /// The output is this rank's part of the sequence (default: no); [`logits`](VocabParallelEmbedding::logits)
-    /// takes such a part.
-    pub sequence_parallel: bool,
-}
-
-impl Default for ParallelEmbeddingConfig {
-    fn default() -> Self {
-        Self { ws_init: Init::Randn { mean: 0.0, stdev: 1.0 }, sequence_parallel: false }
-    }
-}
-
-impl From<nn::EmbeddingConfig> for ParallelEmbeddingConfig {
-    fn from(config: nn::EmbeddingConfig) -> Self {
-        Self { ws_init: config.ws_init, sequence_parallel: false }
-    }
-}
-
-impl From<ParallelLinearConfig> for ParallelEmbeddingConfig {
-    fn from(config: ParallelLinearConfig) -> Self {
-        Self { sequence_parallel: config.sequence_parallel, ..Self::default() }
-    }
-}
-
 /// An embedding whose vocabulary is split: each rank holds some rows of the `[vocabulary, width]` weight, looks up
 /// the tokens that it has, and the results are summed.
 ///
+/// Of the configuration only `sequence_parallel` means something here: the output is this rank's part of the
+/// sequence, and [`logits`](Self::logits) takes such a part.
+///
 /// ```
 /// use tch::{Device, Tensor, nn, nn::Module};
-/// use tch_distributed::model_parallel::tensor::{ParallelEmbeddingConfig, VocabParallelEmbedding};
+/// use tch_distributed::model_parallel::tensor::{ParallelLinearConfig, VocabParallelEmbedding};
 /// use tch_distributed::testing;
 ///
 /// testing::run_threads(2, |group| {
 ///     let vs = nn::VarStore::new(Device::Cpu);
-///     let config = ParallelEmbeddingConfig::default();
+///     let config = ParallelLinearConfig::default();
 ///     let table = VocabParallelEmbedding::new(&vs.root(), 10, 4, config, &group).unwrap();
 ///     assert_eq!(table.ws.size(), [5, 4]);
 ///     assert_eq!(table.forward(&Tensor::from_slice(&[0_i64, 9, 3])).size(), [3, 4]);
@@ -62,7 +37,7 @@ pub struct VocabParallelEmbedding {
     pub ws: Tensor,
     first: i64,
     vocabulary: i64,
-    config: ParallelEmbeddingConfig,
+    sequence_parallel: bool,
     group: ProcessGroup,
 }
 
@@ -75,15 +50,30 @@ impl VocabParallelEmbedding {
         path: impl Borrow<nn::Path<'a>>,
         vocabulary: i64,
         width: i64,
-        config: impl Into<ParallelEmbeddingConfig>,
+        config: ParallelLinearConfig,
         group: &ProcessGroup,
     ) -> Result<Self> {
-        let (path, config) = (path.borrow(), config.into());
+        let standard_normal = Init::Randn { mean: 0.0, stdev: 1.0 };
+        Self::with_init(path, vocabulary, width, standard_normal, config, group)
+    }
+
+    /// The same with another initial weight, drawn as the unsplit layer would draw it.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn with_init<'a>(
+        path: impl Borrow<nn::Path<'a>>,
+        vocabulary: i64,
+        width: i64,
+        ws_init: Init,
+        config: ParallelLinearConfig,
+        group: &ProcessGroup,
+    ) -> Result<Self> {
+        let path = path.borrow();
         check_positive("vocabulary", vocabulary)?;
         check_positive("width", width)?;
         let split = Split::new(0, &[vocabulary], group.size());
-        let draws =
-            [Draw { init: config.ws_init, shape: vec![vocabulary, width], split: Some(split.clone()) }];
+        let draws = [Draw { init: ws_init, shape: vec![vocabulary, width], split: Some(split.clone()) }];
         let drawn = draw(&draws, path.kind(), path.device(), group)?;
         let ws = drawn.into_iter().next().ok_or_else(|| Error::invalid("path", "no weight was drawn"))?;
         Ok(Self::register(path, ws, &split, config, group))
@@ -96,7 +86,7 @@ impl VocabParallelEmbedding {
     pub fn from_full<'a>(
         path: impl Borrow<nn::Path<'a>>,
         weight: &Tensor,
-        config: impl Into<ParallelEmbeddingConfig>,
+        config: ParallelLinearConfig,
         group: &ProcessGroup,
     ) -> Result<Self> {
         let _no_grad = tch::no_grad_guard();
@@ -104,19 +94,25 @@ impl VocabParallelEmbedding {
         let (vocabulary, _) = column::weight_size(weight)?;
         let split = Split::new(0, &[vocabulary], group.size());
         let ws = split.take(&weight.f_to_device(path.device())?, group.rank())?;
-        Ok(Self::register(path, ws, &split, config.into(), group))
+        Ok(Self::register(path, ws, &split, config, group))
     }
 
     fn register(
         path: &nn::Path<'_>,
         ws: Tensor,
         split: &Split,
-        config: ParallelEmbeddingConfig,
+        config: ParallelLinearConfig,
         group: &ProcessGroup,
     ) -> Self {
         let ws = layout::add_shard(path, "weight", ws, split);
         let first = split.ranges(group.rank())[0].start;
-        Self { ws, first, vocabulary: split.full(), config, group: group.clone() }
+        Self {
+            ws,
+            first,
+            vocabulary: split.full(),
+            sequence_parallel: config.sequence_parallel,
+            group: group.clone(),
+        }
     }
 
     /// The same table once more, with the same weight: for a head tied to an embedding on one rank.
@@ -144,7 +140,7 @@ impl VocabParallelEmbedding {
             let rows = Tensor::f_embedding(&self.ws, &local, -1, false, false)?;
             rows.f_masked_fill(&elsewhere.f_unsqueeze(-1)?, 0.0)?
         };
-        match self.config.sequence_parallel {
+        match self.sequence_parallel {
             true => reduce_scatter_even(&partial, sequence_dim(&partial)?, &self.group),
             false => reduce_from_group(&partial, &self.group),
         }
@@ -157,7 +153,7 @@ impl VocabParallelEmbedding {
     /// `ShapeMismatch` for hidden states of another width; those of the group's collectives.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
         check_features(hidden, self.ws.size()[1])?;
-        let hidden = match self.config.sequence_parallel {
+        let hidden = match self.sequence_parallel {
             true => all_gather_even(hidden, sequence_dim(hidden)?, &self.group)?,
             false => copy_to_group(hidden, &self.group)?,
         };

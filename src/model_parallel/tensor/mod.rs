@@ -39,7 +39,7 @@ pub use attention::{AttentionConfig, ParallelSelfAttention};
 pub use column::ColumnParallelLinear;
 pub use cross_entropy::{IGNORED_TARGET, vocab_parallel_cross_entropy};
 pub use dropout::ParallelDropout;
-pub use embedding::{ParallelEmbeddingConfig, VocabParallelEmbedding};
+pub use embedding::VocabParallelEmbedding;
 pub use initial::LinearInit;
 pub use layout::{Layout, Shard};
 pub use mlp::{Activation, ParallelMlp};

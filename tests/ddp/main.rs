@@ -4,6 +4,7 @@ mod agreement;
 mod equivalence;
 mod features;
 mod overlap;
+mod parity;
 mod processes;
 mod sampler;
 mod support;

@@ -1,43 +1,54 @@
-//! `cargo xtask interop`: Rust ranks and PyTorch ranks in one world.
+//! `cargo xtask interop`: Rust ranks and PyTorch ranks in one world, and ranks started by others' launchers.
 
 use std::env;
-use std::net::TcpListener;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 
-use crate::cache;
 use crate::cargo::{cargo, run as execute};
+use crate::crew::{Crew, free_port};
 use crate::setup::{self, root};
+use crate::{cache, launchers};
 
 pub(crate) const ABOUT: &str =
-    "Put Rust and PyTorch ranks into one world, in every arrangement (installs PyTorch, 5 GB)";
+    "Put Rust and PyTorch ranks into one world, and the digits example under torchrun, mpirun and Slurm's
+variables (installs PyTorch, 5 GB; wants Open MPI's mpirun)";
 
 const TORCH: &str = "torch==2.13.0";
-const LIMIT: Duration = Duration::from_secs(120);
 
 pub(crate) fn run(_arguments: &[String]) -> Result<()> {
     setup::ensure()?;
     let python = python()?;
-    execute(cargo().args(["build", "--example", "interop"]))?;
-    let rust = target().join("debug/examples/interop");
-    ensure!(rust.is_file(), "{} was not built", rust.display());
+    execute(cargo().args(["build", "--example", "interop", "--example", "train_digits"]))?;
+    let rust = built("interop")?;
     let mut worlds = 0;
+    let mut tell = |languages: &str, how: &str, took: Result<Duration>| -> Result<()> {
+        let took =
+            took.with_context(|| format!("a world of {languages} (p: Python, r: Rust) over {how} failed"))?;
+        println!("{languages:<5} {how:<9} as expected, {:.1} s", took.as_secs_f64());
+        worlds += 1;
+        Ok(())
+    };
     for languages in ["pr", "rp", "prp", "rpr", "rrp", "prpr", "rppr"] {
         for method in ["tcp", "env"] {
-            let start = Instant::now();
-            world(languages, method, &python, &rust).with_context(|| {
-                format!("a world of {languages} (p: Python, r: Rust) over {method}:// failed")
-            })?;
-            println!("{languages:<5} {method}://  as expected, {:.1} s", start.elapsed().as_secs_f64());
-            worlds += 1;
+            tell(languages, &format!("{method}://"), world(languages, method, &python, &rust))?;
         }
     }
+    for languages in ["pr", "rp"] {
+        tell(languages, "torchrun", under_torchrun(languages, &python, &rust))?;
+    }
     println!("{worlds} worlds shared by Rust and {TORCH}");
-    Ok(())
+    let folder = target().join("interop");
+    let bin = python.parent().context("python is in a folder")?;
+    launchers::run(&built("train_digits")?, bin, &folder)
+}
+
+fn built(example: &str) -> Result<PathBuf> {
+    let program = target().join("debug/examples").join(example);
+    ensure!(program.is_file(), "{} was not built", program.display());
+    Ok(program)
 }
 
 /// A Python with PyTorch, in an environment of its own in the cache.
@@ -67,69 +78,62 @@ fn target() -> PathBuf {
     env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from)
 }
 
-/// Runs one rank for each letter and waits for all.
-fn world(languages: &str, method: &str, python: &Path, rust: &Path) -> Result<()> {
-    let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
+/// Runs one rank for each letter and waits for all; tells how long that took.
+fn world(languages: &str, method: &str, python: &Path, rust: &Path) -> Result<Duration> {
+    let port = free_port()?;
     let place = match method {
         "env" => "env".to_owned(),
         _ => format!("tcp://127.0.0.1:{port}"),
     };
-    let mut ranks = Ranks(Vec::new());
+    let mut ranks = Crew::default();
     for (rank, language) in languages.chars().enumerate() {
-        let mut command = match language {
-            'p' => {
-                let mut command = Command::new(python);
-                // Ours is a libtorch without CUDA; PyTorch finds its own.
-                command.arg(root().join("examples/interop/rank.py")).env_remove("LD_LIBRARY_PATH");
-                command
-            }
-            _ => Command::new(rust),
-        };
+        let mut command = member(language, python, rust);
         command
             .arg(&place)
             .env("RANK", rank.to_string())
             .env("WORLD_SIZE", languages.len().to_string())
             .env("MASTER_ADDR", "127.0.0.1")
-            .env("MASTER_PORT", port.to_string())
-            .env("OMP_NUM_THREADS", "1")
-            .stdout(Stdio::null());
-        ranks.0.push(command.spawn()?);
+            .env("MASTER_PORT", port.to_string());
+        ranks.start(&mut command)?;
     }
-    let start = Instant::now();
-    let mut left: Vec<usize> = (0..ranks.0.len()).collect();
-    while !left.is_empty() {
-        let mut failed = None;
-        left.retain(|&rank| match ranks.0[rank].try_wait() {
-            Ok(None) => true,
-            Ok(Some(status)) if status.success() => false,
-            Ok(Some(status)) => {
-                failed.get_or_insert(format!("rank {rank}: {status}"));
-                false
-            }
-            Err(error) => {
-                failed.get_or_insert(format!("rank {rank}: {error}"));
-                false
-            }
-        });
-        if let Some(failed) = failed {
-            // What the others say of it comes a moment later.
-            thread::sleep(Duration::from_secs(3));
-            bail!(failed);
-        }
-        ensure!(start.elapsed() < LIMIT, "ranks {left:?} were not done after {LIMIT:?}");
-        thread::sleep(Duration::from_millis(20));
-    }
-    Ok(())
+    ranks.wait()
 }
 
-/// The processes of a world; none survives it.
-struct Ranks(Vec<Child>);
-
-impl Drop for Ranks {
-    fn drop(&mut self) {
-        for child in &mut self.0 {
-            let _ = child.kill();
-            let _ = child.wait();
-        }
+/// The same world, whose store torchrun's agent serves: each node has ranks of one language.
+fn under_torchrun(languages: &str, python: &Path, rust: &Path) -> Result<Duration> {
+    let port = free_port()?.to_string();
+    let nodes = languages.len().to_string();
+    let mut agents = Crew::default();
+    for (node, language) in languages.chars().enumerate() {
+        let inner = member(language, python, rust);
+        let mut command = Command::new(python.with_file_name("torchrun"));
+        command
+            .args(["--nnodes", &nodes, "--node-rank", &node.to_string(), "--nproc-per-node", "1"])
+            .args(["--master-addr", "127.0.0.1", "--master-port", &port, "--no-python"])
+            .arg(inner.get_program())
+            .args(inner.get_args())
+            .arg("env")
+            .env_remove("LD_LIBRARY_PATH")
+            .env("PYTHONWARNINGS", "ignore::FutureWarning")
+            .env("OMP_NUM_THREADS", "1")
+            .stdout(Stdio::null());
+        agents.start(&mut command)?;
     }
+    agents.wait()
+}
+
+/// A rank of this language, without its place in the world.
+fn member(language: char, python: &Path, rust: &Path) -> Command {
+    let mut command = match language {
+        'p' => {
+            let mut command = Command::new(python);
+            // Ours is a libtorch without CUDA; PyTorch finds its own.
+            command.arg(root().join("examples/interop/rank.py")).env_remove("LD_LIBRARY_PATH");
+            command
+        }
+        _ => Command::new(rust),
+    };
+    // PyTorch 2.13 warns of names that older ones need.
+    command.env("PYTHONWARNINGS", "ignore::FutureWarning").env("OMP_NUM_THREADS", "1").stdout(Stdio::null());
+    command
 }

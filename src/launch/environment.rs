@@ -4,6 +4,7 @@ use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
 use std::net::TcpListener;
 use std::process::Command;
+use std::str::FromStr;
 
 use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal};
 
@@ -25,6 +26,22 @@ pub(crate) struct Seat {
 }
 
 impl Seat {
+    /// The seat of `rank` in a world of `n` ranks, all on this host.
+    pub(crate) fn on_this_host(rank: usize, n: usize, port: u16, run_id: &str, agent_store: bool) -> Self {
+        Self {
+            rank,
+            world_size: n,
+            local_rank: rank,
+            local_world_size: n,
+            node: 0,
+            nodes: 1,
+            master_addr: "127.0.0.1".to_owned(),
+            master_port: port,
+            run_id: run_id.to_owned(),
+            agent_store,
+        }
+    }
+
     /// Gives the seat to a process.
     pub(crate) fn give(&self, command: &mut Command) {
         let numbers = [
@@ -55,6 +72,14 @@ impl Seat {
             command.env("OMP_NUM_THREADS", threads.to_string());
         }
     }
+}
+
+/// Tells a rank's process whose child it is.
+pub(crate) const PARENT: &str = "TCH_DISTRIBUTED_PARENT";
+
+/// A variable's value where it is a number.
+pub(crate) fn number<T: FromStr>(variable: &str) -> Option<T> {
+    std::env::var(variable).ok()?.parse().ok()
 }
 
 /// A word that no other job has.

@@ -10,15 +10,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::signals::die_of;
 use super::supervise::{End, RankCommand, Terms, describe, supervise};
-use super::{Seat, die_with_parent, nonce};
+use super::{PARENT, Seat, die_with_parent, nonce, number};
 use crate::libtorch::panic_text;
 use crate::rendezvous::environment;
 use crate::store::TcpStore;
 use crate::{Error, Result};
 
-/// Tells a process that it is a rank: of which call, whose child, and where to leave its error.
+/// Tells a process that it is a rank: of which call, and where to leave its error.
 const CALL: &str = "TCH_DISTRIBUTED_LAUNCH";
-const PARENT: &str = "TCH_DISTRIBUTED_PARENT";
 const ERROR: &str = "TCH_DISTRIBUTED_ERROR_FILE";
 
 /// How many calls this process has made.
@@ -88,10 +87,6 @@ pub fn local<E: Debug>(n: usize, body: impl FnOnce() -> Result<(), E>) -> Result
     }
 }
 
-fn number<T: std::str::FromStr>(variable: &str) -> Option<T> {
-    std::env::var(variable).ok()?.parse().ok()
-}
-
 /// Runs the body as a rank, leaves its error for the launcher, and ends.
 fn be_a_rank<E: Debug>(body: impl FnOnce() -> Result<(), E>) -> ! {
     if let Some(parent) = number(PARENT) {
@@ -132,19 +127,7 @@ fn commands(n: usize, call: usize, port: u16, errors: &Path) -> Result<Vec<RankC
     let command = |rank: usize| {
         let mut command = Command::new(&program);
         command.args(std::env::args_os().skip(1));
-        let seat = Seat {
-            rank,
-            world_size: n,
-            local_rank: rank,
-            local_world_size: n,
-            node: 0,
-            nodes: 1,
-            master_addr: "127.0.0.1".to_owned(),
-            master_port: port,
-            run_id: run_id.clone(),
-            agent_store: true,
-        };
-        seat.give(&mut command);
+        Seat::on_this_host(rank, n, port, &run_id, true).give(&mut command);
         let file = errors.join(rank.to_string());
         command.env(CALL, call.to_string()).env(PARENT, std::process::id().to_string()).env(ERROR, &file);
         RankCommand { rank, command, error_file: Some(file) }

@@ -13,5 +13,5 @@ pub(crate) mod supervise;
 #[doc(hidden)]
 pub mod tchrun;
 
-pub(crate) use environment::{Seat, die_with_parent, free_port, nonce};
+pub(crate) use environment::{PARENT, Seat, die_with_parent, free_port, nonce, number};
 pub use local::local;

@@ -9,7 +9,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 
 use crate::launch::supervise::{End, RankCommand, Terms, describe, supervise};
-use crate::launch::{Seat, die_with_parent, free_port, nonce};
+use crate::launch::{PARENT, Seat, die_with_parent, free_port, nonce, number};
 
 /// What a rank's process exits with when its body ended. Zero would also be what a test binary exits
 /// with that found no test of the name.
@@ -17,10 +17,9 @@ const DONE: i32 = 82;
 /// How long a world may live, unless `TCH_DISTRIBUTED_TEST_TIMEOUT` says how many seconds.
 const LIMIT: Duration = Duration::from_secs(120);
 
-/// Tells a process that it is a rank: test, call and parent.
+/// Tells a process that it is a rank: of which test and call.
 const TEST: &str = "TCH_DISTRIBUTED_TEST";
 const CALL: &str = "TCH_DISTRIBUTED_TEST_CALL";
-const PARENT: &str = "TCH_DISTRIBUTED_PARENT";
 
 /// How many calls each test of this process has made.
 static CALLS: Mutex<Option<HashMap<String, usize>>> = Mutex::new(None);
@@ -101,10 +100,6 @@ pub fn run_processes<R>(n: usize, test_name: &str, body: impl FnOnce() -> R) {
     panic!("{text}");
 }
 
-fn number<T: std::str::FromStr>(variable: &str) -> Option<T> {
-    std::env::var(variable).ok()?.parse().ok()
-}
-
 /// Which call of this test this process is a rank of, if it is one.
 fn own_call(test: &str) -> Option<usize> {
     if std::env::var(TEST).is_ok_and(|own| own == test) { number(CALL) } else { None }
@@ -125,19 +120,7 @@ fn commands(n: usize, test: &str, call: usize) -> std::io::Result<Vec<RankComman
     let command = |rank| {
         let mut command = Command::new(&program);
         command.args([test, "--exact", "--nocapture", "--include-ignored"]);
-        let seat = Seat {
-            rank,
-            world_size: n,
-            local_rank: rank,
-            local_world_size: n,
-            node: 0,
-            nodes: 1,
-            master_addr: "127.0.0.1".to_owned(),
-            master_port: port,
-            run_id: run_id.clone(),
-            agent_store: false,
-        };
-        seat.give(&mut command);
+        Seat::on_this_host(rank, n, port, &run_id, false).give(&mut command);
         command.env(TEST, test).env(CALL, call.to_string()).env(PARENT, std::process::id().to_string());
         RankCommand { rank, command, error_file: None }
     };

@@ -137,7 +137,9 @@ pub(crate) struct Tensors {
 }
 
 impl Tensors {
-    pub(crate) fn new(case: Case, world: usize) -> Self {
+    /// In ordinary memory, or where the engine allocates it.
+    pub(crate) fn new(case: Case, group: &ProcessGroup, allocated: bool) -> Result<Self> {
+        let world = group.size();
         let divided = matches!(
             case.collective,
             Collective::AllGather | Collective::Gather | Collective::Scatter | Collective::ReduceScatter
@@ -150,10 +152,16 @@ impl Tensors {
             _ if divided => count / world as i64,
             _ => count,
         };
-        let zeros = |n: i64| Tensor::zeros([n], (case.kind, Device::Cpu));
-        let large = zeros(count);
+        let options = (case.kind, Device::Cpu);
+        let zeros = |n: i64| -> Result<Tensor> {
+            Ok(match allocated {
+                true => group.allocate_tensor(&[n], options)?.zero_(),
+                false => Tensor::zeros([n], options),
+            })
+        };
+        let large = zeros(count)?;
         let parts = if parted { large.split(count / world as i64, 0) } else { Vec::new() };
-        Self { case, world, large, small: zeros(small), parts }
+        Ok(Self { case, world, large, small: zeros(small)?, parts })
     }
 
     /// Runs the collective once.

@@ -10,17 +10,33 @@ use std::time::Duration;
 use tch_distributed as dist;
 
 use super::cases::Case;
-use super::member;
+use super::mpi::{self, Mpi};
+use super::report::median;
+use super::training::Mode;
+use super::{member, model};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Engine {
     SharedMemory,
+    /// The same on tensors that the engine has allocated.
+    Allocated,
     Tcp,
     Threads,
     Gloo,
+    /// What a good implementation reaches, without the rest of one.
+    Model,
+    Mpi,
 }
 
-pub(crate) const ENGINES: [Engine; 4] = [Engine::SharedMemory, Engine::Tcp, Engine::Threads, Engine::Gloo];
+pub(crate) const ENGINES: [Engine; 7] = [
+    Engine::SharedMemory,
+    Engine::Allocated,
+    Engine::Tcp,
+    Engine::Threads,
+    Engine::Gloo,
+    Engine::Model,
+    Engine::Mpi,
+];
 
 impl Engine {
     /// Engine and transport.
@@ -29,8 +45,26 @@ impl Engine {
             Self::SharedMemory => ("native", "shm"),
             Self::Tcp => ("native", "tcp"),
             Self::Threads => ("native", "threads"),
+            Self::Allocated => ("native", "shm-allocated"),
             Self::Gloo => ("gloo", "tcp"),
+            Self::Model => ("model", "staged"),
+            Self::Mpi => ("mpi", "shm"),
         }
+    }
+
+    /// Whether it can do this.
+    pub(crate) fn does(self, case: &Case) -> bool {
+        match self {
+            Self::Model => model::does(case),
+            Self::Mpi => mpi::does(case),
+            Self::Allocated => case.bytes > 0,
+            _ => true,
+        }
+    }
+
+    /// Whether it has process groups, to train with.
+    pub(crate) fn trains(self) -> bool {
+        !matches!(self, Self::Model | Self::Mpi)
     }
 }
 
@@ -49,6 +83,8 @@ pub(crate) struct Crew {
     world: usize,
     members: Vec<(Child, Option<ChildStdin>)>,
     answers: Receiver<String>,
+    /// Instead of members.
+    mpi: Option<Mpi>,
 }
 
 /// What all ranks measured: for each iteration the slowest.
@@ -60,24 +96,31 @@ pub(crate) struct Times {
 impl Crew {
     pub(crate) fn start(engine: Engine, world: usize, pin: bool) -> Result<Self, String> {
         let (backend, transport) = engine.names();
-        if !dist::is_backend_available(backend) {
+        let (sender, answers) = mpsc::channel();
+        let mut crew = Self { engine, world, members: Vec::new(), answers, mpi: None };
+        if engine == Engine::Mpi {
+            crew.mpi = Some(Mpi::new(world)?);
+            return Ok(crew);
+        }
+        if engine != Engine::Model && !dist::is_backend_available(backend) {
             return Err(format!("{backend} is not available"));
         }
         let program = std::env::current_exe().map_err(|e| e.to_string())?;
         // Free a moment ago; nobody else asks for ports here.
         let port =
             TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).map_err(|e| e.to_string())?.port();
-        let processes = if engine == Engine::Threads { 1 } else { world };
-        let (sender, answers) = mpsc::channel();
-        let mut crew = Self { engine, world, members: Vec::new(), answers };
+        let processes = if matches!(engine, Engine::Threads | Engine::Model) { 1 } else { world };
         for rank in 0..processes {
             let mut command = Command::new(&program);
             command.args([member::COMMAND, backend]);
             match engine {
-                Engine::Threads => {
+                Engine::Threads | Engine::Model => {
                     command.arg(world.to_string());
                 }
-                Engine::Gloo => {}
+                Engine::Allocated => {
+                    command.env("TCH_DISTRIBUTED_TRANSPORT", "shm").env(member::ALLOCATE, "1");
+                }
+                Engine::Gloo | Engine::Mpi => {}
                 Engine::SharedMemory | Engine::Tcp => {
                     command.env("TCH_DISTRIBUTED_TRANSPORT", transport);
                 }
@@ -129,19 +172,23 @@ impl Crew {
 
     /// Runs a case so many times.
     pub(crate) fn run(&mut self, case: &Case, iterations: usize) -> Result<Times, String> {
+        if let Some(mpi) = &self.mpi {
+            return mpi.run(case, iterations);
+        }
         let answers = self.ask(&format!("{iterations} {}", case.words()))?;
-        Self::slowest(&answers, 0)
+        let mut times = Self::slowest(&answers, 0)?;
+        if self.engine == Engine::Model {
+            // It has tried several sizes of slots: the best counts.
+            let ways = times.micros.chunks(iterations.max(1));
+            let best = ways.min_by(|a, b| median(a).total_cmp(&median(b)));
+            times.micros = best.unwrap_or_default().to_vec();
+        }
+        Ok(times)
     }
 
-    /// Makes so many steps of training, and says how many bytes of parameters there are.
-    pub(crate) fn train(
-        &mut self,
-        model: &str,
-        parallel: bool,
-        steps: usize,
-    ) -> Result<(Times, usize), String> {
-        let mode = if parallel { "parallel" } else { "alone" };
-        let answers = self.ask(&format!("{steps} train {model} {mode}"))?;
+    /// Makes so many steps of training, and says how many bytes are exchanged in each.
+    pub(crate) fn train(&mut self, model: &str, mode: Mode, steps: usize) -> Result<(Times, usize), String> {
+        let answers = self.ask(&format!("{steps} train {model} {}", mode.name()))?;
         let bytes = answers.first().and_then(|a| a.get(1)).copied().unwrap_or_default();
         Ok((Self::slowest(&answers, 1)?, bytes as usize))
     }

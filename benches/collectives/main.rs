@@ -7,6 +7,8 @@
 mod cases;
 mod crew;
 mod member;
+mod model;
+mod mpi;
 mod options;
 mod plot;
 mod probes;
@@ -21,6 +23,7 @@ use self::crew::{Crew, Engine};
 use self::options::Options;
 use self::probes::Probes;
 use self::report::{Row, Steps, median, percentile};
+use self::training::{Mode, TENSOR_PARALLEL};
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -91,7 +94,7 @@ fn measure(
     let mut samples: HashMap<Engine, Samples> = HashMap::new();
     let mut iterations: HashMap<Engine, usize> = HashMap::new();
     let mut failed = Vec::new();
-    for crew in crews.iter_mut() {
+    for crew in crews.iter_mut().filter(|c| c.engine.does(case)) {
         // How often, from a first try: as often as fits into the time of a round.
         match crew.run(case, 3) {
             Ok(times) => {
@@ -131,7 +134,8 @@ fn measure(
         crews.retain(|crew| crew.engine != engine);
         samples.remove(&engine);
     }
-    let gloo = samples.get(&Engine::Gloo).map(|s| s.medians.clone());
+    let of = |engine| samples.get(&engine).map(|s: &Samples| s.medians.clone()).filter(|m| !m.is_empty());
+    let (gloo, model) = (of(Engine::Gloo), of(Engine::Model));
     let mut rows: Vec<Row> = options
         .engines
         .iter()
@@ -139,38 +143,39 @@ fn measure(
         .filter(|(_, s)| !s.medians.is_empty())
         .map(|(engine, s)| {
             let median_us = median(&s.medians);
-            let ratio_gloo = gloo.as_ref().map(|gloo| {
-                let ratios: Vec<f64> = gloo.iter().zip(&s.medians).map(|(g, m)| g / m).collect();
-                median(&ratios)
-            });
-            Row::new(
-                case,
-                world,
-                engine,
-                median_us,
-                percentile(&s.all, 0.99),
-                ratio_gloo,
-                median(&s.over_floor),
-                s.wrong,
-            )
+            // Round by round: both were measured at about the same time.
+            let over =
+                |a: &[f64], b: &[f64]| median(&a.iter().zip(b).map(|(a, b)| a / b).collect::<Vec<_>>());
+            let p99_us = percentile(&s.all, 0.99);
+            let ratio_floor = median(&s.over_floor);
+            Row {
+                ratio_gloo: gloo.as_ref().map(|gloo| over(gloo, &s.medians)),
+                ratio_model: model.as_ref().map(|model| over(&s.medians, model)),
+                ..Row::new(case, world, engine, median_us, p99_us, ratio_floor, s.wrong)
+            }
         })
         .collect();
     rows.sort_by_key(|row| options.engines.iter().position(|e| e.names() == (row.engine, row.transport)));
     Ok(rows)
 }
 
-/// Steps of data-parallel training on every engine, beside steps of the same ranks alone.
+/// Steps of training on every engine, beside steps of the same ranks alone (and, for tensor-parallel layers, the
+/// time that their collectives take alone).
 fn train(model: &str, world: usize, crews: &mut [Crew], options: &Options) -> Result<Vec<Row>, String> {
     const STEPS: usize = 8;
     let mut results: HashMap<Engine, (Steps, usize)> = HashMap::new();
     for _ in 0..options.rounds {
-        for crew in crews.iter_mut() {
-            let (alone, _) = crew.train(model, false, STEPS)?;
-            let (parallel, bytes) = crew.train(model, true, STEPS)?;
+        for crew in crews.iter_mut().filter(|c| c.engine.trains()) {
+            let (alone, _) = crew.train(model, Mode::Alone, STEPS)?;
+            let (parallel, bytes) = crew.train(model, Mode::Parallel, STEPS)?;
+            let mut least = median(&alone.micros);
+            if model == TENSOR_PARALLEL {
+                least += median(&crew.train(model, Mode::Exchange, STEPS)?.0.micros);
+            }
             let (steps, size) = results.entry(crew.engine).or_default();
             let middle = median(&parallel.micros);
             steps.medians.push(middle);
-            steps.over_alone.push(middle / median(&alone.micros));
+            steps.over_alone.push(middle / least);
             steps.all.extend(parallel.micros);
             steps.wrong += parallel.wrong;
             *size = bytes;

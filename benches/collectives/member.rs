@@ -11,10 +11,14 @@ use tch_distributed as dist;
 use dist::{InitOptions, ProcessGroup};
 
 use super::cases::{Case, Tensors};
-use super::training::Training;
+use super::model;
+use super::training::{Mode, Training};
 
 /// Says that each rank stays on a core of its own.
 pub(crate) const PIN: &str = "TCH_DISTRIBUTED_BENCH_PIN";
+
+/// Says that tensors come from the engine.
+pub(crate) const ALLOCATE: &str = "TCH_DISTRIBUTED_BENCH_ALLOCATE";
 
 /// Keeps the calling rank on a core, where there are enough: as MPI's launchers do.
 fn pin(rank: usize, world: usize) {
@@ -36,6 +40,17 @@ pub(crate) fn main(arguments: &[String]) -> ExitCode {
     let backend = arguments.first().map_or("native", String::as_str);
     let threads = arguments.get(1).and_then(|n| n.parse().ok());
     match threads {
+        Some(ranks) if backend == "model" => {
+            let lines = distribute(ranks);
+            let shared = model::Shared::new(ranks);
+            std::thread::scope(|scope| {
+                for (rank, lines) in lines.into_iter().enumerate() {
+                    let shared = &shared;
+                    scope.spawn(move || play_model(model::Rank::new(shared, rank), rank, ranks, &lines));
+                }
+            });
+            ExitCode::SUCCESS
+        }
         Some(threads) => {
             let lines = distribute(threads);
             let lines: Vec<_> = lines.into_iter().map(|l| Mutex::new(Some(l))).collect();
@@ -75,6 +90,20 @@ fn distribute(ranks: usize) -> Vec<Receiver<String>> {
     receivers
 }
 
+/// Answers commands as [`serve`] does, with times for each size of slots, one after the other.
+fn play_model(mut model: model::Rank<'_>, rank: usize, ranks: usize, lines: &Receiver<String>) {
+    pin(rank, ranks);
+    println!("ready");
+    for line in lines {
+        let parsed =
+            line.split_once(' ').and_then(|(n, words)| Some((n.parse().ok()?, Case::parse(words).ok()?)));
+        let Some((iterations, case)) = parsed else { return println!("error not a command") };
+        let (times, wrong) = model.run(case.bytes, iterations);
+        let times: Vec<String> = times.iter().map(ToString::to_string).collect();
+        println!("{rank} {} {}", u64::from(wrong), times.join(" "));
+    }
+}
+
 /// What the last command used, in case the next uses it again.
 #[derive(Default)]
 struct Kept {
@@ -83,7 +112,7 @@ struct Kept {
 }
 
 /// Answers each command: `ITERATIONS COLLECTIVE BYTES KIND` with `RANK WRONG NANOSECONDS…`, and
-/// `ITERATIONS train MODEL parallel|alone` with `RANK WRONG BYTES NANOSECONDS…`.
+/// `ITERATIONS train MODEL parallel|alone|exchange` with `RANK WRONG BYTES NANOSECONDS…`.
 fn serve(group: &ProcessGroup, lines: &Receiver<String>) {
     pin(group.rank(), group.size());
     println!("ready");
@@ -108,7 +137,7 @@ fn answer(group: &ProcessGroup, line: &str, kept: &mut Kept) -> Result<String, B
     if kept.tensors.as_ref().is_none_or(|(c, _)| *c != case) {
         // The old ones go first.
         kept.tensors = None;
-        kept.tensors = Some((case, Tensors::new(case, group.size())));
+        kept.tensors = Some((case, Tensors::new(case, group, std::env::var_os(ALLOCATE).is_some())?));
     }
     let Some((_, tensors)) = &mut kept.tensors else { return Err("no tensors".into()) };
     let wrong = u64::from(!tensors.verify(group)?);
@@ -129,10 +158,10 @@ fn train(
     kept: &mut Option<Training>,
 ) -> Result<String, Box<dyn std::error::Error>> {
     let (model, mode) = words.split_once(' ').ok_or("not a command")?;
-    let parallel = mode == "parallel";
-    if kept.as_ref().is_none_or(|t| !t.is(model, parallel)) {
+    let mode = Mode::ALL.into_iter().find(|m| m.name() == mode).ok_or("not a command")?;
+    if kept.as_ref().is_none_or(|t| !t.is(model, mode)) {
         *kept = None;
-        let mut training = Training::new(model, parallel, group)?;
+        let mut training = Training::new(model, mode, group)?;
         training.step(group)?;
         *kept = Some(training);
     }

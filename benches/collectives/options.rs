@@ -15,8 +15,11 @@ cargo xtask bench [options]
   --sizes LIST        bytes of the larger buffer, with K, M or G (4,4K,64K,1M,16M,64M)
   --kinds LIST        of f32, f64, f16, bf16, i32, u8 (f32)
   --worlds LIST       numbers of ranks (2)
-  --engines LIST      of native/shm, native/tcp, native/threads, gloo/tcp (all there are)
-  --train LIST        of mlp_25m, gpt_10m: steps of data-parallel training beside steps alone (none)
+  --engines LIST      of native/shm, native/shm-allocated (tensors that the engine allocated), native/tcp,
+                      native/threads, gloo/tcp, model/staged (what private tensors allow), mpi/shm (if there
+                      is mpicc) (all there are)
+  --train LIST        of mlp_25m, gpt_10m: steps of data-parallel training beside steps alone; tp_mlp:
+                      tensor-parallel layers beside the same work alone plus their collectives (none)
   --rounds N          interleaved rounds (7)
   --float             ranks may change cores (else each native rank stays on one, where there are enough)
   --json FILE         the results, an array of objects

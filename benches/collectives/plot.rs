@@ -7,8 +7,15 @@ use plotters::style::{FontStyle, register_font};
 
 use super::report::Row;
 
-const COLORS: [RGBColor; 4] =
-    [RGBColor(31, 119, 180), RGBColor(44, 160, 44), RGBColor(148, 103, 189), RGBColor(214, 39, 40)];
+const COLORS: [RGBColor; 7] = [
+    RGBColor(214, 39, 40),
+    RGBColor(127, 127, 127),
+    RGBColor(140, 86, 75),
+    RGBColor(31, 119, 180),
+    RGBColor(23, 190, 207),
+    RGBColor(44, 160, 44),
+    RGBColor(148, 103, 189),
+];
 
 pub(crate) fn write(path: &Path, rows: &[Row]) -> Result<(), String> {
     draw(path, rows).map_err(|e| format!("{}: {e}", path.display()))

@@ -24,18 +24,18 @@ pub(crate) struct Row {
     pub(crate) ratio_gloo: Option<f64>,
     /// How many times the floor of the same rounds.
     pub(crate) ratio_floor: f64,
+    /// How many times the staged model of the same rounds; in the table only.
+    pub(crate) ratio_model: Option<f64>,
     pub(crate) wrong: u64,
 }
 
 impl Row {
-    #[allow(clippy::too_many_arguments, reason = "one for each measured column")]
     pub(crate) fn new(
         case: &Case,
         world: usize,
         engine: Engine,
         median_us: f64,
         p99_us: f64,
-        ratio_gloo: Option<f64>,
         ratio_floor: f64,
         wrong: u64,
     ) -> Self {
@@ -53,21 +53,27 @@ impl Row {
             p99_us,
             algbw_gbs,
             busbw_gbs: algbw_gbs * case.collective.bus_factor(world),
-            ratio_gloo,
+            ratio_gloo: None,
             ratio_floor,
+            ratio_model: None,
             wrong,
         }
     }
 }
 
 impl Row {
-    /// A step of data-parallel training; `ratio_floor` is over stepping alone at the same time.
+    /// A step of training; `ratio_floor` is over stepping alone at the same time (for tensor-parallel layers: and
+    /// then doing the collectives).
     pub(crate) fn training(model: &str, world: usize, engine: Engine, bytes: usize, steps: &Steps) -> Self {
         let (engine, transport) = engine.names();
         let median_us = median(&steps.medians);
         let algbw_gbs = bytes as f64 / median_us / 1000.0;
         Self {
-            collective: if model.starts_with("mlp") { "ddp_mlp_25m" } else { "ddp_gpt_10m" },
+            collective: match model {
+                "mlp_25m" => "ddp_mlp_25m",
+                "gpt_10m" => "ddp_gpt_10m",
+                _ => "tp_mlp",
+            },
             bytes,
             count: bytes / 4,
             kind: "f32",
@@ -80,6 +86,7 @@ impl Row {
             busbw_gbs: algbw_gbs * 2.0 * (world as f64 - 1.0) / world as f64,
             ratio_gloo: steps.over_gloo,
             ratio_floor: median(&steps.over_alone),
+            ratio_model: None,
             wrong: steps.wrong,
         }
     }
@@ -110,7 +117,7 @@ pub(crate) fn percentile(values: &[f64], part: f64) -> f64 {
 
 pub(crate) fn print(rows: &[Row]) {
     println!(
-        "{:<14} {:>10} {:>10} {:>5} {:>5} {:<14} {:>11} {:>11} {:>8} {:>8} {:>7} {:>7} {:>5}",
+        "{:<14} {:>10} {:>10} {:>5} {:>5} {:<20} {:>11} {:>11} {:>8} {:>8} {:>7} {:>7} {:>7} {:>5}",
         "collective",
         "bytes",
         "count",
@@ -123,6 +130,7 @@ pub(crate) fn print(rows: &[Row]) {
         "bus GB/s",
         "x gloo",
         "/ floor",
+        "/ model",
         "wrong"
     );
     let mut before = None;
@@ -133,8 +141,9 @@ pub(crate) fn print(rows: &[Row]) {
         }
         before = Some(this);
         let gloo = row.ratio_gloo.map_or_else(|| "-".to_owned(), |r| format!("{r:.1}"));
+        let model = row.ratio_model.map_or_else(|| "-".to_owned(), |r| format!("{r:.2}"));
         println!(
-            "{:<14} {:>10} {:>10} {:>5} {:>5} {:<14} {:>11.2} {:>11.2} {:>8.2} {:>8.2} {:>7} {:>7.2} {:>5}",
+            "{:<14} {:>10} {:>10} {:>5} {:>5} {:<20} {:>11.2} {:>11.2} {:>8.2} {:>8.2} {:>7} {:>7.2} {:>7} {:>5}",
             row.collective,
             row.bytes,
             row.count,
@@ -147,6 +156,7 @@ pub(crate) fn print(rows: &[Row]) {
             row.busbw_gbs,
             gloo,
             row.ratio_floor,
+            model,
             row.wrong,
         );
     }

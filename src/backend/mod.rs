@@ -14,7 +14,7 @@ pub mod native;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tch::{Device, Kind};
+use tch::{Device, Kind, Tensor};
 
 pub use call::{Buffer, Call, Direction, Op, Segment, Segments, Transfer, segment_numel};
 pub(crate) use completion::Ticket;
@@ -62,6 +62,12 @@ pub trait CollectiveBackend: Send + Sync + 'static {
     /// Whether the backend can do `op` on tensors of this kind; if not, what it cannot do, in words.
     fn supports(&self, _op: &Op, _kind: Kind) -> Result<(), String> {
         Ok(())
+    }
+
+    /// A dense tensor with unspecified contents, in memory that suits this backend best: the native one
+    /// gives memory that the other ranks of the host can read in place.
+    fn allocate(&self, size: &[i64], options: (Kind, Device)) -> Result<Tensor> {
+        Ok(Tensor::f_empty(size, options)?)
     }
 
     /// Starts a collective.

@@ -69,8 +69,11 @@ impl DdpOptions {
         self
     }
 
-    /// Whether gradients live inside one flat buffer a bucket (false). It saves nothing on an engine
-    /// that takes lists, as the native one does; on others it saves a copy each way.
+    /// Whether gradients live inside one flat buffer a bucket (false), which the engine allocates
+    /// ([`allocate_tensor`](crate::ProcessGroup::allocate_tensor)): between processes of one host the other
+    /// ranks read it in place. It pays where gradients are zeroed, not dropped, between steps; a gradient
+    /// that is made anew in each backward has to be copied into the buffer, which an engine that takes lists,
+    /// as the native one does, saves without this option.
     pub fn gradient_as_bucket_view(mut self, on: bool) -> Self {
         self.gradient_as_bucket_view = on;
         self

@@ -65,7 +65,7 @@ impl Reducer {
                 probe: Tensor::f_zeros([], (Kind::Float, Device::Cpu))?.f_requires_grad_(true)?,
             }),
         };
-        reducer.state.lock().set_plan(&buckets::reverse_order(count), options)?;
+        reducer.state.lock().set_plan(&buckets::reverse_order(count), options, group)?;
         Ok(Arc::new(reducer))
     }
 
@@ -367,6 +367,6 @@ impl Reducer {
             }
         }
         state.learned = true;
-        state.set_plan(&order, &self.options)
+        state.set_plan(&order, &self.options, &self.group)
     }
 }

@@ -6,7 +6,7 @@ use super::DdpOptions;
 use super::buckets::{self, Item, Plan};
 use super::hooks::CommHook;
 use super::step::{Step, Substitute};
-use crate::{Result, autograd};
+use crate::{ProcessGroup, Result, autograd};
 
 const MIB: f64 = 1_048_576.0;
 
@@ -81,7 +81,12 @@ impl State {
     }
 
     /// Makes buckets in this order.
-    pub(super) fn set_plan(&mut self, order: &[usize], options: &DdpOptions) -> Result<()> {
+    pub(super) fn set_plan(
+        &mut self,
+        order: &[usize],
+        options: &DdpOptions,
+        group: &ProcessGroup,
+    ) -> Result<()> {
         let items: Vec<Item> = self.parameters.iter().map(|parameter| parameter.item).collect();
         let bytes = |mb: f64| (mb * MIB) as usize;
         let plan = buckets::plan(order, &items, bytes(options.first_bucket_mb), bytes(options.bucket_cap_mb));
@@ -89,21 +94,25 @@ impl State {
             return Ok(());
         }
         if options.gradient_as_bucket_view {
-            (self.flats, self.views) = flat_buffers(&self.parameters, &plan)?;
+            (self.flats, self.views) = flat_buffers(&self.parameters, &plan, group)?;
         }
         self.plan = plan;
         Ok(())
     }
 }
 
-/// A flat buffer a bucket, and each parameter's part of it.
-fn flat_buffers(parameters: &[Parameter], plan: &Plan) -> Result<(Vec<Tensor>, Vec<Option<Tensor>>)> {
+/// A flat buffer a bucket, in memory that suits the group, and each parameter's part of it.
+fn flat_buffers(
+    parameters: &[Parameter],
+    plan: &Plan,
+    group: &ProcessGroup,
+) -> Result<(Vec<Tensor>, Vec<Option<Tensor>>)> {
     let mut flats = Vec::with_capacity(plan.buckets.len());
     let mut views: Vec<Option<Tensor>> = parameters.iter().map(|_| None).collect();
     for members in &plan.buckets {
         let like = &parameters[members[0]].tensor;
         let numel: usize = members.iter().map(|&m| parameters[m].tensor.numel()).sum();
-        let flat = Tensor::f_zeros([numel as i64], (like.kind(), like.device()))?;
+        let flat = group.allocate_tensor(&[numel as i64], (like.kind(), like.device()))?.f_zero_()?;
         let mut start = 0;
         for &member in members {
             let tensor = &parameters[member].tensor;

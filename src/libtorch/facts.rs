@@ -110,6 +110,11 @@ fn kind(number: i8) -> Option<(Kind, usize)> {
     })
 }
 
+/// c10's number of a kind.
+pub(super) fn number(wanted: Kind) -> Option<i8> {
+    (0..i8::MAX).find(|&n| kind(n).is_some_and(|(kind, _)| kind == wanted))
+}
+
 #[cfg(test)]
 mod tests {
     use super::{NoFacts, facts};

@@ -18,4 +18,4 @@ pub(crate) use hooks::{
     Registration, after_backward, backward, grad_state, hook_accumulated, hook_grad, in_backward, set_grad,
 };
 pub(crate) use store::{C10dStore, TcpStoreOptions, panic_text};
-pub(crate) use tensor::{overlaps_itself, same};
+pub(crate) use tensor::{overlaps_itself, same, tensor_over};

@@ -2,6 +2,9 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/MemoryOverlap.h>
+#include <ATen/ops/from_blob.h>
+
+#include <memory>
 
 namespace tchd {
 MemOverlap overlap_at_a_glance(const at::Tensor& tensor) {
@@ -16,5 +19,19 @@ MemOverlap overlap_at_a_glance(const at::Tensor& tensor) {
 }
 bool same(const at::Tensor& left, const at::Tensor& right) noexcept {
   return left.is_same(right);
+}
+at::Tensor* tensor_over(
+    std::size_t data,
+    rust::Slice<const std::int64_t> size,
+    std::int8_t kind,
+    rust::Box<Keeper> keeper) {
+  // A deleter must be copyable; the last copy dies with the tensor's storage, or here on an exception.
+  auto held = std::make_shared<rust::Box<Keeper>>(std::move(keeper));
+  auto options = at::TensorOptions().dtype(static_cast<at::ScalarType>(kind)).device(at::kCPU);
+  return new at::Tensor(at::from_blob(
+      reinterpret_cast<void*>(data),
+      at::IntArrayRef(size.data(), size.size()),
+      [held](void*) mutable { held.reset(); },
+      options));
 }
 } // namespace tchd

@@ -1,4 +1,7 @@
-//! Facts about tensors that tch does not give.
+//! Facts about tensors that tch does not give, and tensors over memory of our own.
+
+use std::any::Any;
+use std::fmt;
 
 #[allow(unreachable_pub, clippy::undocumented_unsafe_blocks)]
 #[cxx::bridge(namespace = "tchd")]
@@ -16,13 +19,47 @@ mod ffi {
         include!("tch-distributed/src/libtorch/tensor.h");
         type Tensor;
     }
+    extern "Rust" {
+        type Keeper;
+    }
     unsafe extern "C++" {
         fn overlap_at_a_glance(tensor: &Tensor) -> Result<MemOverlap>;
         fn same(left: &Tensor, right: &Tensor) -> bool;
+        fn tensor_over(data: usize, size: &[i64], kind: i8, keeper: Box<Keeper>) -> Result<*mut Tensor>;
     }
 }
 
 pub(crate) use ffi::Tensor as AtTensor;
+
+/// Memory that a tensor lies in: dropped when the last tensor over it has gone.
+pub(super) struct Keeper {
+    _memory: Box<dyn Any + Send + Sync>,
+}
+
+impl fmt::Debug for Keeper {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Keeper")
+    }
+}
+
+/// A dense CPU tensor over memory that `keeper` keeps mapped.
+///
+/// # Safety
+/// `data` is aligned for the kind and valid, for reading and writing, for as many elements as the
+/// size says, until the keeper is dropped; nothing else in this process uses that memory.
+pub(crate) unsafe fn tensor_over(
+    data: *mut u8,
+    size: &[i64],
+    kind: tch::Kind,
+    keeper: impl Any + Send + Sync,
+) -> crate::Result<tch::Tensor> {
+    let keeper = Box::new(Keeper { _memory: Box::new(keeper) });
+    let number = super::facts::number(kind)
+        .ok_or_else(|| crate::Error::invalid("kind", format!("{kind:?}: not a kind of plain tensors")))?;
+    let tensor = ffi::tensor_over(data as usize, size, number, keeper).map_err(super::raised::caught)?;
+    // SAFETY: just made with `new`; nobody else has it.
+    unsafe { own(tensor) }.ok_or_else(|| crate::Error::invalid("size", "libtorch made no tensor of it"))
+}
 
 /// The C++ tensor behind a tch tensor.
 pub(crate) fn at(tensor: &tch::Tensor) -> &ffi::Tensor {

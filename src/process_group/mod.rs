@@ -4,6 +4,7 @@
 //! a method on it. The functions of the same names in this module (and at the crate root) run on the
 //! default group.
 
+mod allocate;
 mod checks;
 mod coalesce;
 mod collectives;

@@ -11,6 +11,7 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
+use tch::{Kind, Tensor};
 
 use super::cause::Cause;
 use super::control::{Control, Listener, Presence};
@@ -298,6 +299,11 @@ impl Engine {
             }
             Presence::Lost(words) => Some(lost(rank, &words)),
         })
+    }
+
+    /// See [`Transport::allocate`].
+    pub(crate) fn allocate(&self, size: &[i64], kind: Kind) -> Option<Result<Tensor>> {
+        self.transport.allocate(size, kind)
     }
 
     /// Starts point-to-point messages.

@@ -4,6 +4,7 @@
 //! order and failures in one place; one `progress` thread drives what no caller drives. The README
 //! beside this file describes frames, handshake and states.
 
+mod bulk;
 mod cause;
 mod control;
 mod diagnosis;
@@ -29,8 +30,9 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tch::Kind;
+use tch::{Device, Kind, Tensor};
 
+use self::bulk::Bulk;
 use self::control::Control;
 use self::engine::Engine;
 use self::kernels::Reducer;
@@ -126,7 +128,8 @@ fn shared(context: &BackendContext, meeting: &Meeting, token: u128) -> Result<Ar
     let transport = Arc::new(shm::connect(context)?);
     let control = [tcp::Channel::Control];
     let mut sockets = tcp::connect(meeting, rank, world, token, &control, true, true)?;
-    engine(rank, transport, sockets.pop().unwrap_or_default())
+    let bulk = transport.bulk();
+    engine(rank, transport, sockets.pop().unwrap_or_default(), Some(bulk))
 }
 
 /// Ranks that talk through sockets.
@@ -142,18 +145,20 @@ fn sockets(
     let mut sockets = tcp::connect(meeting, rank, world, token, &channels, local, one_host)?;
     let control = sockets.pop().unwrap_or_default();
     let data = sockets.pop().unwrap_or_default();
-    engine(rank, Arc::new(tcp::Sockets::new(rank, data)?), control)
+    engine(rank, Arc::new(tcp::Sockets::new(rank, data)?), control, None)
 }
 
-/// An engine over a transport and control connections, `control[r]` to rank r.
+/// An engine over a transport and control connections, `control[r]` to rank r; large messages go by `bulk`, if
+/// there is such a way.
 fn engine(
     rank: usize,
     transport: Arc<dyn Transport>,
     control: Vec<Option<OwnedFd>>,
+    bulk: Option<Arc<dyn Bulk>>,
 ) -> Result<Arc<dyn CollectiveBackend>> {
     let world = control.len();
     let ledger = Arc::new(Ledger::new());
-    let control = tcp::SocketControl::new(rank, control, ledger.clone())?;
+    let control = tcp::SocketControl::new(rank, control, bulk, ledger.clone())?;
     Ok(Arc::new(Native { engine: Engine::new(rank, world, transport, control, ledger) }))
 }
 
@@ -173,6 +178,12 @@ impl CollectiveBackend for Native {
             Some(reduce) => Reducer::new(reduce, kind, 1).map(|_| ()),
             None => Ok(()),
         }
+    }
+
+    fn allocate(&self, size: &[i64], options: (Kind, Device)) -> Result<Tensor> {
+        let (kind, device) = options;
+        let own = if device == Device::Cpu { self.engine.allocate(size, kind) } else { None };
+        own.unwrap_or_else(|| Ok(Tensor::f_empty(size, options)?))
     }
 
     fn submit(&self, call: Call<'static>, done: Completion) {

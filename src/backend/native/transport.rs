@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use rustix::event::PollFlags;
+use tch::{Kind, Tensor};
 
 use crate::Result;
 use crate::backend::Call;
@@ -64,6 +65,12 @@ pub(crate) trait Transport: Send + Sync {
     /// and the engine puts the cause in its place. Called once, from any thread.
     fn fail(&self) {
         self.interrupt();
+    }
+
+    /// A tensor, with unspecified contents, whose data this transport moves at less cost than another's;
+    /// `None` where every tensor is alike.
+    fn allocate(&self, _size: &[i64], _kind: Kind) -> Option<Result<Tensor>> {
+        None
     }
 
     /// Adds the descriptors that become ready when an idle run may move, for the progress engine to

@@ -9,7 +9,7 @@ use std::{fmt, io};
 use rustix::fs::{Mode, OFlags};
 
 use super::door::Door;
-use super::segment::{DEPTH, Layout, Segment};
+use super::segment::{Layout, Segment};
 use super::{Inner, SharedMemory};
 use crate::backend::BackendContext;
 use crate::{Error, Result};
@@ -20,6 +20,8 @@ const BUDGET: usize = 32 << 20;
 const CHUNK: usize = 256 << 10;
 /// The smallest.
 const CHUNK_LEAST: usize = 4 << 10;
+/// The largest that can be asked for.
+const CHUNK_MOST: usize = 4 << 20;
 /// Overrides [`CHUNK`].
 const CHUNK_VARIABLE: &str = "TCH_DISTRIBUTED_SHM_CHUNK";
 
@@ -34,6 +36,11 @@ impl Reserved {
         RESERVED.fetch_add(bytes, Ordering::AcqRel);
         Self(bytes)
     }
+
+    #[cfg(test)]
+    pub(super) fn bytes(&self) -> usize {
+        self.0
+    }
 }
 
 impl Drop for Reserved {
@@ -42,18 +49,17 @@ impl Drop for Reserved {
     }
 }
 
-fn staging(ranks: usize, chunk: usize) -> usize {
-    DEPTH * (ranks + 1) * chunk
-}
-
-/// The chunk that this process can afford: at most a quarter of the budget for one group, and half of
-/// what is left.
-fn affordable(ranks: usize) -> usize {
+/// The chunk that this process can afford: at most a quarter of the budget for one group, and a quarter of
+/// what is left; 0 where that is too little.
+pub(super) fn affordable(ranks: usize) -> usize {
     let asked = std::env::var(CHUNK_VARIABLE).ok().and_then(|v| v.parse().ok());
     let left = BUDGET.saturating_sub(RESERVED.load(Ordering::Acquire));
-    let mut chunk = asked.unwrap_or(CHUNK).next_power_of_two().clamp(CHUNK_LEAST, 4 << 20);
-    while chunk > CHUNK_LEAST && staging(ranks, chunk) > (BUDGET / 4).min(left / 2) {
+    let mut chunk = asked.unwrap_or(CHUNK).next_power_of_two().clamp(CHUNK_LEAST, CHUNK_MOST);
+    while Layout::staging(ranks, chunk) > left / 4 {
         chunk /= 2;
+        if chunk < CHUNK_LEAST {
+            return 0;
+        }
     }
     chunk
 }
@@ -61,8 +67,8 @@ fn affordable(ranks: usize) -> usize {
 /// Connects the ranks of a group that are all on one host, through keys `shm/…` of its store.
 ///
 /// # Errors
-/// `BackendUnavailable`, on all ranks, when one of them cannot map the memory: then another transport
-/// is needed. What the store fails with.
+/// `BackendUnavailable`, on all ranks, when one of them cannot map the memory, or has too many groups with slots
+/// already: then another transport is needed. What the store fails with.
 pub(crate) fn connect(context: &BackendContext) -> Result<SharedMemory> {
     let deadline = Instant::now() + context.timeout;
     let get = |key: &str| {
@@ -75,12 +81,19 @@ pub(crate) fn connect(context: &BackendContext) -> Result<SharedMemory> {
     let door = Door::new(&name).ok();
     let offer = format!("{} {}", affordable(ranks), if door.is_some() { &name } else { "" });
     context.store.set(&format!("shm/offer/{}", context.rank), offer.as_bytes())?;
-    let mut chunk = 4 << 20;
+    let mut chunk = CHUNK_MOST;
     let mut names = Vec::with_capacity(ranks);
     for r in 0..ranks {
         let offer = String::from_utf8_lossy(&get(&format!("shm/offer/{r}"))?).into_owned();
         let (size, name) = offer.split_once(' ').unwrap_or_default();
-        chunk = chunk.min(size.parse().unwrap_or(CHUNK_LEAST)).max(CHUNK_LEAST);
+        chunk = chunk.min(size.parse().unwrap_or(0));
+        if chunk < CHUNK_LEAST {
+            let used = "has used up its memory for slots with other groups";
+            return Err(Error::BackendUnavailable {
+                backend: "native".to_owned(),
+                reason: format!("ranks cannot share memory: rank {r} {used} (32 MiB a process)"),
+            });
+        }
         names.push(name.to_owned());
     }
     let doors = door.filter(|_| names.iter().all(|n| !n.is_empty())).and_then(|d| d.among(&names).ok());
@@ -118,7 +131,7 @@ pub(crate) fn connect(context: &BackendContext) -> Result<SharedMemory> {
     let verdict = get("shm/verdict")?;
     match attempt {
         Ok(segment) if verdict.is_empty() => {
-            let reserved = Reserved::new(staging(ranks, segment.layout.chunk));
+            let reserved = Reserved::new(Layout::staging(ranks, segment.layout.chunk));
             Ok(SharedMemory { inner: Arc::new(Inner::new(segment, context.rank, doors, reserved)) })
         }
         _ => Err(Error::BackendUnavailable {
@@ -143,7 +156,7 @@ fn open(ranks: usize, words: &[u8]) -> io::Result<Segment> {
     let descriptor: OwnedFd =
         rustix::fs::open(&path, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).map_err(|e| failed(&e))?;
     let chunk = chunk as usize;
-    if !chunk.is_power_of_two() || !(CHUNK_LEAST..=4 << 20).contains(&chunk) {
+    if !chunk.is_power_of_two() || !(CHUNK_LEAST..=CHUNK_MOST).contains(&chunk) {
         return Err(failed(&"its chunk size makes no sense"));
     }
     let segment = Segment::open(&descriptor, Layout::new(ranks, chunk)).map_err(|e| failed(&e))?;
@@ -154,7 +167,7 @@ fn open(ranks: usize, words: &[u8]) -> io::Result<Segment> {
 }
 
 /// A number that no other group has.
-fn nonce() -> u64 {
+pub(super) fn nonce() -> u64 {
     use std::hash::{BuildHasher, Hasher};
     let mut hasher = std::collections::hash_map::RandomState::new().build_hasher();
     hasher.write_u32(std::process::id());

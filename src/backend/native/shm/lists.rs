@@ -24,20 +24,31 @@ struct Piece {
 impl List {
     pub(super) fn new(segment: &[Buffer<'_>]) -> Self {
         let mut bytes = 0;
-        let pieces = segment
-            .iter()
-            .filter(|b| b.bytes() > 0)
-            .map(|b| {
-                let start = bytes;
-                bytes += b.bytes();
-                Piece { data: b.data_ptr(), start, bytes: b.bytes() }
-            })
-            .collect();
+        let mut pieces = SmallVec::<[Piece; 1]>::new();
+        for buffer in segment.iter().filter(|b| b.bytes() > 0) {
+            match pieces.last_mut() {
+                // Views of one tensor, in order, are one run.
+                Some(last) if std::ptr::eq(last.data.wrapping_add(last.bytes), buffer.data_ptr()) => {
+                    last.bytes += buffer.bytes();
+                }
+                _ => pieces.push(Piece { data: buffer.data_ptr(), start: bytes, bytes: buffer.bytes() }),
+            }
+            bytes += buffer.bytes();
+        }
         Self { pieces, bytes }
     }
 
     pub(super) fn bytes(&self) -> usize {
         self.bytes
+    }
+
+    /// Where the list begins, if it is one run; nowhere where it is empty.
+    pub(super) fn one_run(&self) -> Option<*const u8> {
+        match &*self.pieces {
+            [] => Some(std::ptr::null()),
+            [one] => Some(one.data.cast_const()),
+            _ => None,
+        }
     }
 
     /// The contiguous runs of a range, with where each begins within the range.

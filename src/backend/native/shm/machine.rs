@@ -7,6 +7,7 @@ use smallvec::{SmallVec, smallvec};
 
 use super::Inner;
 use super::combine::Operands;
+use super::direct::{self, Direct};
 use super::lists::{List, common_runs, segment_bytes};
 use super::protocol::{STEP_BITS, Word, mark, steps_of, tell};
 use super::segment::{DEPTH, Header, SMALL};
@@ -31,6 +32,8 @@ pub(super) struct Machine<'a> {
     phase: Phase,
     /// Boxed, so that a small call does not carry it around.
     stages: Option<Box<Stages>>,
+    /// Whether this rank's data is read in place.
+    direct: bool,
 }
 
 enum Phase {
@@ -41,6 +44,8 @@ enum Phase {
     Hearing(usize, usize),
     /// Moves large messages.
     Moving(Box<Position>),
+    /// All is done.
+    Ended,
 }
 
 /// How far a call that moves in steps is.
@@ -52,6 +57,8 @@ struct Position {
     /// The last known progress of every rank, by stage.
     seen: [SmallVec<[usize; 8]>; 3],
     factors: SmallVec<[f64; 8]>,
+    /// Whose data is read in place.
+    direct: Direct,
 }
 
 // SAFETY: the buffers are touched by one thread at a time, the one that advances the machine; they are
@@ -69,12 +76,17 @@ impl<'a> Machine<'a> {
             None => None,
         };
         let bytes = contribution(&call, inner.rank).iter().map(|s| segment_bytes(s)).sum();
-        Ok(Self { call, stamp, round: 0, reducer, bytes, phase: Phase::Queued, stages: None })
+        Ok(Self { call, stamp, round: 0, reducer, bytes, phase: Phase::Queued, stages: None, direct: false })
     }
 
     /// Gives the call its number among the calls of this transport, from 1 on.
     pub(super) fn number(&mut self, round: u64) {
         self.round = round;
+    }
+
+    /// Whether the call has come to its end.
+    pub(super) fn ended(&self) -> bool {
+        matches!(self.phase, Phase::Ended)
     }
 
     /// The ranks that have not begun this call.
@@ -120,17 +132,20 @@ impl<'a> Machine<'a> {
                     if most == 0 {
                         self.finish_small(inner);
                         inner.finish(self.round);
+                        self.phase = Phase::Ended;
                         return Ok(Progress::Done);
                     }
-                    self.begin_steps(inner, most);
+                    self.begin_steps(inner, most)?;
                 }
                 Phase::Moving(_) => {
-                    let progress = self.step(inner);
+                    let progress = self.step(inner)?;
                     if progress == Progress::Done {
                         inner.finish(self.round);
+                        self.phase = Phase::Ended;
                     }
                     return Ok(progress);
                 }
+                Phase::Ended => return Ok(Progress::Done),
             }
         }
     }
@@ -156,6 +171,7 @@ impl<'a> Machine<'a> {
             let stages = Stages::new(&self.call, rank, ranks, segment.layout.chunk);
             steps = stages.steps;
             self.stages = Some(Box::new(stages));
+            self.direct = direct::announce(segment, rank, self.round, sources);
         }
         if by_rank(self.call.op) {
             let sizes = segment.sizes(rank, self.round);
@@ -305,7 +321,25 @@ impl<'a> Machine<'a> {
         }
     }
 
-    fn begin_steps(&mut self, inner: &Inner, steps: usize) {
+    /// Where the data of the others can be read in place, and whether this rank's is.
+    fn locate(&self, inner: &Inner) -> Result<Direct> {
+        let mut direct = Direct::new(inner.ranks(), self.direct);
+        for r in (0..inner.ranks()).filter(|&r| r != inner.rank) {
+            let bytes = self.header(inner, r).extent;
+            if bytes & ((1 << STEP_BITS) - 1) == 0 {
+                // It came with the header.
+                continue;
+            }
+            let (segment, bytes) = match by_rank(self.call.op) {
+                true => (inner.rank, self.size_for(inner, r, inner.rank).1),
+                false => (0, (bytes >> STEP_BITS) as usize),
+            };
+            direct.look_up(inner, r, self.round, segment, bytes)?;
+        }
+        Ok(direct)
+    }
+
+    fn begin_steps(&mut self, inner: &Inner, steps: usize) -> Result<()> {
         let (rank, ranks, chunk) = (inner.rank, inner.ranks(), inner.segment.layout.chunk);
         let stages = self.stages.take();
         let stages = stages.unwrap_or_else(|| Box::new(Stages::new(&self.call, rank, ranks, chunk)));
@@ -317,9 +351,10 @@ impl<'a> Machine<'a> {
                 to.range.clone(),
             );
         }
+        let direct = self.locate(inner)?;
         let unless = |there: bool| if there { 0 } else { steps };
         let done = [
-            unless(!matches!(stages.fill, Fill::None)),
+            unless(!matches!(stages.fill, Fill::None) && !self.direct),
             unless(stages.reduce.is_some()),
             unless(!stages.gather.is_empty()),
         ];
@@ -330,21 +365,25 @@ impl<'a> Machine<'a> {
             sources: 0,
             seen: std::array::from_fn(|_| smallvec![0; ranks]),
             factors: (0..ranks).map(|r| self.factor(inner, r)).collect(),
+            direct,
         }));
+        Ok(())
     }
 
     /// Does one thing that can be done: what frees slots first.
-    fn step(&mut self, inner: &Inner) -> Progress {
-        let Phase::Moving(position) = &mut self.phase else { return Progress::Done };
-        let Some(stages) = &self.stages else { return Progress::Done };
+    fn step(&mut self, inner: &Inner) -> Result<Progress> {
+        let Phase::Moving(position) = &mut self.phase else { return Ok(Progress::Done) };
+        let Some(stages) = &self.stages else { return Ok(Progress::Done) };
         let mut view = View { inner, round: self.round, stages, position };
-        if view.gather() || view.reduce(self.reducer.as_ref()) || view.fill() {
-            return match view.position.done.iter().all(|&d| d == view.position.steps) {
-                true => Progress::Done,
-                false => Progress::Moved,
+        let moved = view.gather() || view.reduce(self.reducer.as_ref()) || view.fill();
+        if view.position.done.iter().all(|&d| d == view.position.steps) && view.let_go() {
+            // What was read in place was what its owner lent, unless it had given up by now.
+            return match view.position.direct.sources().any(|r| inner.segment.withdrawn(r)) {
+                true => Err(Error::Aborted),
+                false => Ok(Progress::Done),
             };
         }
-        Progress::Idle
+        Ok(if moved { Progress::Moved } else { Progress::Idle })
     }
 }
 
@@ -359,11 +398,20 @@ struct View<'m> {
 impl View<'_> {
     /// Whether a rank has done a stage of `steps` steps.
     fn reached(&mut self, rank: usize, stage: usize, steps: usize) -> bool {
+        if stage == FILLED && self.position.direct.of(rank).is_some() {
+            // There is nothing to fill.
+            return true;
+        }
         let seen = &mut self.position.seen[stage][rank];
         if *seen < steps {
             *seen = steps_of(self.inner.segment.progress(rank, stage).read(), self.round) as usize;
         }
         *seen >= steps
+    }
+
+    /// Whether what is gathered lies where the data is lent.
+    fn in_place(&self) -> bool {
+        self.stages.in_place.is_some_and(|short| self.position.steps > short)
     }
 
     fn others(&self) -> impl Iterator<Item = usize> + use<> {
@@ -383,6 +431,19 @@ impl View<'_> {
         step < DEPTH
             || self.others().all(|r| {
                 (stage == GATHERED && !readers.contain(r)) || self.reached(r, stage, step + 1 - DEPTH)
+            })
+    }
+
+    /// Whether the others have read all that they read of this rank's tensors in place.
+    fn let_go(&mut self) -> bool {
+        let (steps, readers) = (self.position.steps, self.stages.readers);
+        let reduces = self.stages.reduce.is_some();
+        // Of a reduction they gather results, which are in place if those are kept there.
+        let gathered = !reduces || (self.in_place() && !self.stages.gather.is_empty());
+        !self.position.direct.own
+            || self.others().all(|r| {
+                (!reduces || self.reached(r, REDUCED, steps))
+                    && (!gathered || !readers.contain(r) || self.reached(r, GATHERED, steps))
             })
     }
 
@@ -414,22 +475,31 @@ impl View<'_> {
     fn reduce(&mut self, reducer: Option<&Reducer>) -> bool {
         let step = self.position.done[REDUCED];
         let (Some(reduce), Some(reducer)) = (&self.stages.reduce, reducer) else { return false };
+        // Others find the result where it is kept.
+        let in_place = self.position.direct.own && self.in_place();
         if step == self.position.steps
             || !self.others().all(|r| self.reached(r, FILLED, step + 1))
-            || (reduce.share && !self.free(step, GATHERED))
+            || (reduce.share && !in_place && !self.free(step, GATHERED))
         {
             return false;
         }
         let (segment, rank) = (&self.inner.segment, self.inner.rank);
-        let factors = self.position.factors.iter().enumerate();
-        let all = factors.map(|(r, &factor)| Operand { data: segment.chunk_for(r, rank, step), factor });
-        let operands = Operands { reducer, rank, all: all.collect() };
         let part = |s: &Stream| s.chunk(step, segment.layout.chunk);
+        let start = part(&reduce.own).start;
+        let place = |r| match self.position.direct.of(r) {
+            // SAFETY: `Direct` has compared the size of what is there with what the header said.
+            Some(base) => unsafe { base.add(start) },
+            None => segment.chunk_for(r, rank, step).cast_const(),
+        };
+        let factors = self.position.factors.iter().enumerate();
+        let all = factors.map(|(r, &factor)| Operand { data: place(r), factor });
+        let operands = Operands { reducer, rank, all: all.collect() };
         let lists = &self.stages.lists;
         let keep = reduce.keep.as_ref().map(|k| (&lists[k.list], part(k)));
-        let share = reduce.share.then(|| segment.chunk_for_all(rank, step));
+        let share = (reduce.share && !in_place).then(|| segment.chunk_for_all(rank, step));
         // SAFETY: every rank has filled its slot for this step and waits for this rank before it fills
-        // it again; the slot for all has been read; `keep` is `own` or does not overlap it.
+        // it again, or has lent its tensor until this rank is done; the slot for all has been read;
+        // `keep` is `own` or does not overlap it.
         unsafe { operands.combine((&lists[reduce.own.list], part(&reduce.own)), keep, share) };
         self.advance(REDUCED);
         true
@@ -451,14 +521,17 @@ impl View<'_> {
                 if !self.reached(source, if reduced { REDUCED } else { FILLED }, step + 1) {
                     return moved;
                 }
-                let slot = match each {
-                    true => segment.chunk_for(source, rank, step),
-                    false => segment.chunk_for_all(source, step),
+                let chunk = stream.chunk(step, segment.layout.chunk);
+                let from = match self.position.direct.of(source).filter(|_| self.in_place()) {
+                    // SAFETY: `Direct` has compared the size of what is there with what the header said.
+                    Some(base) => unsafe { base.add(chunk.start) },
+                    None if each => segment.chunk_for(source, rank, step).cast_const(),
+                    None => segment.chunk_for_all(source, step).cast_const(),
                 };
                 let list = &self.stages.lists[stream.list];
                 // SAFETY: the slot was filled for this step and is not filled again before this rank
-                // says that it has gathered; a chunk fits.
-                unsafe { list.write(stream.chunk(step, segment.layout.chunk), slot) };
+                // says that it has gathered, and a chunk fits; or the tensor is lent until then.
+                unsafe { list.write(chunk, from) };
                 moved = true;
             }
             self.position.sources += 1;

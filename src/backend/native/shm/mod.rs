@@ -1,15 +1,19 @@
 //! Ranks of one host over shared memory. README.md describes the protocol.
 
 mod bell;
+mod bulk;
 mod combine;
 mod connect;
+mod direct;
 mod door;
 mod lists;
 mod machine;
 #[cfg(test)]
 mod model;
+mod pool;
 mod protocol;
 mod segment;
+mod site;
 mod stages;
 #[cfg(test)]
 mod tests;
@@ -19,6 +23,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::time::Instant;
 
+use parking_lot::Mutex;
+use tch::{Kind, Tensor};
+
 pub(crate) use connect::connect;
 
 use self::bell::RankBell;
@@ -26,15 +33,25 @@ use self::door::Doors;
 use self::machine::Machine;
 use self::protocol::{arm, doze, ring, watch};
 use self::segment::Segment;
+use self::site::Atlas;
 use self::wait::{Next, Wait};
+use super::bulk::Bulk;
 use super::transport::{Progress, Run, Stamp, Transport, Watch};
-use crate::Result;
 use crate::backend::Call;
+use crate::libtorch::tensor_over;
+use crate::{Error, Result};
 
 /// The shared-memory transport of one group, as one of its ranks has it.
 #[derive(Debug)]
 pub(crate) struct SharedMemory {
     inner: Arc<Inner>,
+}
+
+impl SharedMemory {
+    /// A way for large messages around the sockets.
+    pub(crate) fn bulk(&self) -> Arc<dyn Bulk> {
+        Arc::new(bulk::Mail::new(self.inner.clone()))
+    }
 }
 
 #[derive(Debug)]
@@ -55,6 +72,8 @@ struct Inner {
     runs: AtomicUsize,
     failed: AtomicBool,
     interrupted: AtomicBool,
+    /// The other ranks' memory for tensors, as far as it was seen.
+    atlas: Mutex<Atlas>,
     /// Returned to the process's budget when the segment goes.
     _reserved: connect::Reserved,
 }
@@ -74,6 +93,7 @@ impl Inner {
             runs: AtomicUsize::new(0),
             failed: AtomicBool::new(false),
             interrupted: AtomicBool::new(false),
+            atlas: Mutex::default(),
             _reserved: reserved,
         }
     }
@@ -113,6 +133,32 @@ impl Inner {
         machine.number(self.begun.fetch_add(1, Ordering::AcqRel) + 1);
         Ok(machine)
     }
+
+    /// Runs a call to its end on this thread.
+    #[inline(always)]
+    fn drive(&self, machine: &mut Machine<'_>, deadline: Instant) -> Result<()> {
+        let mut wait = Wait::new(self);
+        let mut armed = false;
+        loop {
+            match machine.advance(self)? {
+                Progress::Done => {
+                    wait.moved(self);
+                    return Ok(());
+                }
+                Progress::Moved => {
+                    wait.moved(self);
+                    armed = false;
+                }
+                Progress::Idle => {
+                    let next = if armed { Wait::sleep(self, deadline) } else { wait.idle(self, deadline)? };
+                    armed = next == Next::LookThenSleep;
+                    if next == Next::Late {
+                        return Err(machine.timed_out(self));
+                    }
+                }
+            }
+        }
+    }
 }
 
 impl Transport for SharedMemory {
@@ -125,27 +171,12 @@ impl Transport for SharedMemory {
     fn run_inline<'a>(&self, call: Call<'a>, stamp: Stamp, deadline: Instant) -> Result<Option<Call<'a>>> {
         let inner = &*self.inner;
         let mut machine = inner.begin(call, stamp)?;
-        let mut wait = Wait::new(inner);
-        let mut armed = false;
-        loop {
-            match machine.advance(inner)? {
-                Progress::Done => {
-                    wait.moved(inner);
-                    return Ok(None);
-                }
-                Progress::Moved => {
-                    wait.moved(inner);
-                    armed = false;
-                }
-                Progress::Idle => {
-                    let next = if armed { Wait::sleep(inner, deadline) } else { wait.idle(inner, deadline)? };
-                    armed = next == Next::LookThenSleep;
-                    if next == Next::Late {
-                        return Err(machine.timed_out(inner));
-                    }
-                }
-            }
-        }
+        inner.drive(&mut machine, deadline).inspect_err(|_| inner.segment.withdraw(inner.rank))?;
+        Ok(None)
+    }
+
+    fn allocate(&self, size: &[i64], kind: Kind) -> Option<Result<Tensor>> {
+        Some(tensor(size, kind))
     }
 
     fn park(&self, until: Instant) {
@@ -203,6 +234,21 @@ impl Run for SharedRun<'_> {
 
 impl Drop for SharedRun<'_> {
     fn drop(&mut self) {
+        if !self.machine.ended() {
+            self.inner.segment.withdraw(self.inner.rank);
+        }
         self.inner.runs.fetch_sub(1, Ordering::AcqRel);
     }
+}
+
+/// A tensor whose memory the other ranks of the host can read.
+fn tensor(size: &[i64], kind: Kind) -> Result<Tensor> {
+    let count = size.iter().try_fold(kind.elt_size_in_bytes(), |bytes, &n| {
+        usize::try_from(n).ok().and_then(|n| bytes.checked_mul(n))
+    });
+    let bytes =
+        count.ok_or_else(|| Error::invalid("size", format!("{size:?} of {kind:?} has no size in bytes")))?;
+    let block = pool::allocate(bytes)?;
+    // SAFETY: at least as many bytes, at the start of a page, that belong to the block alone while it lives.
+    unsafe { tensor_over(block.data(), size, kind, block) }
 }

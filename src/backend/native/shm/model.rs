@@ -8,7 +8,9 @@ use loom::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 use loom::sync::{Arc, Condvar, Mutex};
 use loom::thread;
 
-use super::protocol::{ASLEEP, AWAKE, Bell, WATCHED, Word, arm, doze, mark, steps_of, tell, watch};
+use super::protocol::{
+    ASLEEP, AWAKE, Bell, Notice, WATCHED, Word, arm, doze, mark, retract, retracted, steps_of, tell, watch,
+};
 
 /// Slots that are filled again when they have been read.
 const DEPTH: usize = 2;
@@ -77,6 +79,20 @@ impl Bell for &Futex {
     fn knock(&self) {
         *self.knocked.lock().unwrap() = true;
         self.rung.notify_one();
+    }
+}
+
+impl Notice for AtomicU32 {
+    fn look(&self) -> bool {
+        self.load(Ordering::Relaxed) != 0
+    }
+
+    fn raise(&self) {
+        self.store(1, Ordering::Relaxed);
+    }
+
+    fn fence(ordering: Ordering) {
+        fence(ordering);
     }
 }
 
@@ -182,6 +198,24 @@ fn slots_are_filled_again_only_when_they_have_been_read() {
             }
         }
         reader.join().unwrap();
+    });
+}
+
+#[test]
+fn what_is_written_to_a_lent_tensor_after_its_owner_gave_up_is_never_taken_for_what_was_lent() {
+    check(|| {
+        // A word of the tensor, in which the lent value is 1, and the notice.
+        let lent = Arc::new((AtomicU64::new(1), AtomicU32::new(0)));
+        let owner = lent.clone();
+        let thread = thread::spawn(move || {
+            retract(&owner.1);
+            owner.0.store(2, Ordering::Relaxed);
+        });
+        let got = lent.0.load(Ordering::Relaxed);
+        if !retracted(&lent.1) {
+            assert_eq!(got, 1);
+        }
+        thread.join().unwrap();
     });
 }
 

@@ -1,6 +1,8 @@
 //! The flags through which ranks tell each other how far they are, over abstract atomics: over shared
 //! memory in earnest, over loom's in the model test. README.md says why this is enough.
 
+use std::sync::atomic::Ordering;
+
 /// A 64-bit word that one rank writes and the others read. It only grows.
 pub(super) trait Word {
     /// Reads; what was written before the value that is read was published is seen.
@@ -88,4 +90,26 @@ pub(super) fn doze<B: Bell>(bell: &B, nanos: u64) {
     if bell.peek() != AWAKE {
         bell.reset();
     }
+}
+
+/// A word that says, once, that its rank has given up.
+pub(super) trait Notice {
+    /// Reads, in no order with anything else.
+    fn look(&self) -> bool;
+    /// Writes, in no order with anything else.
+    fn raise(&self);
+    /// A fence.
+    fn fence(ordering: Ordering);
+}
+
+/// Gives up: who reads what is written to this rank's tensors after this finds the notice.
+pub(super) fn retract<N: Notice>(notice: &N) {
+    notice.raise();
+    N::fence(Ordering::Release);
+}
+
+/// Whether a rank had given up before the last thing that was read of its tensors was read.
+pub(super) fn retracted<N: Notice>(notice: &N) -> bool {
+    N::fence(Ordering::Acquire);
+    notice.look()
 }

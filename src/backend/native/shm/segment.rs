@@ -4,12 +4,14 @@
 //!
 //! | offset | what |
 //! |---|---|
-//! | 0 | progress: three words, steps filled, reduced and gathered |
+//! | 0 | progress: three words, steps filled, reduced and gathered; then chunks of messages put |
 //! | 64 | in the first rank's area: a number that says whose segment this is |
 //! | 128 | bell |
+//! | 192 | withdrawn: not 0 when the rank has given up, and its tensors may change under those who read them |
 //! | 256 | sizes, twice: the bytes for each rank, 8 each |
-//! | then | header, twice: a line of [`Header`] whose end and what follows is the payload of small messages |
-//! | page | staging: [`DEPTH`] times (a chunk for each rank, a chunk for all) |
+//! | then | chunks taken of each rank's messages, 8 each |
+//! | then | header, twice: a line of [`Header`] whose end and what follows is the payload of a small message, or says where a large one can be read in place ([`Site`], then an offset for each segment, 8 each) |
+//! | page | staging: [`DEPTH`] times (a chunk for each rank, a chunk for all); [`MAIL_DEPTH`] chunks of messages |
 //!
 //! "Twice" is for calls of even and odd rounds. Staging takes memory when it is first touched.
 
@@ -21,18 +23,23 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::mm::{MapFlags, ProtFlags};
 
-use super::protocol::Word;
+use super::protocol::{Notice, Word, retract, retracted};
+use super::site::Site;
 
 /// How many chunks of a stream may be under way.
 pub(super) const DEPTH: usize = 2;
+/// How many chunks of a message from one rank to another may be under way.
+pub(super) const MAIL_DEPTH: usize = 4;
 /// The largest payload that goes with its header.
 pub(super) const SMALL: usize = 8 << 10;
 /// Where the payload begins within a header.
 pub(super) const PAYLOAD: usize = 48;
 
 const PAGE: usize = 4096;
+const PUT: usize = 24;
 const SIGNATURE: usize = 64;
 const BELL: usize = 128;
+const WITHDRAWN: usize = 192;
 const SIZES: usize = 256;
 
 /// What a rank says of its call: everybody reads it before any data moves.
@@ -57,6 +64,7 @@ const _: () = assert!(size_of::<Header>() == PAYLOAD);
 pub(super) struct Layout {
     pub(super) ranks: usize,
     pub(super) chunk: usize,
+    taken: usize,
     header: usize,
     staging: usize,
     area: usize,
@@ -65,16 +73,36 @@ pub(super) struct Layout {
 impl Layout {
     pub(super) fn new(ranks: usize, chunk: usize) -> Self {
         let sizes = (ranks * 8).next_multiple_of(128);
-        let header = SIZES + 2 * sizes;
+        let taken = SIZES + 2 * sizes;
+        let header = taken + sizes;
         let staging = (header + 2 * Self::HEADER).next_multiple_of(PAGE);
-        let area = (staging + DEPTH * (ranks + 1) * chunk).next_multiple_of(PAGE);
-        Self { ranks, chunk, header, staging, area }
+        let area = (staging + Self::staging(ranks, chunk)).next_multiple_of(PAGE);
+        Self { ranks, chunk, taken, header, staging, area }
+    }
+
+    /// The bytes of all slots of one rank.
+    pub(super) fn staging(ranks: usize, chunk: usize) -> usize {
+        (DEPTH * (ranks + 1) + MAIL_DEPTH) * chunk
     }
 
     const HEADER: usize = (PAYLOAD + SMALL).next_multiple_of(128);
 
     pub(super) fn bytes(&self) -> usize {
         self.area * self.ranks
+    }
+}
+
+impl Notice for AtomicU32 {
+    fn look(&self) -> bool {
+        self.load(Ordering::Relaxed) != 0
+    }
+
+    fn raise(&self) {
+        self.store(1, Ordering::Relaxed);
+    }
+
+    fn fence(ordering: Ordering) {
+        std::sync::atomic::fence(ordering);
     }
 }
 
@@ -155,9 +183,37 @@ impl Segment {
         unsafe { &*self.at(rank, stage * 8).cast() }
     }
 
+    /// How many chunks of which message a rank has put.
+    pub(super) fn put(&self, rank: usize) -> &AtomicU64 {
+        // SAFETY: as above.
+        unsafe { &*self.at(rank, PUT).cast() }
+    }
+
+    /// How many chunks of which message of another rank a rank has taken.
+    pub(super) fn taken(&self, rank: usize, from: usize) -> &AtomicU64 {
+        debug_assert!(from < self.layout.ranks);
+        // SAFETY: as above.
+        unsafe { &*self.at(rank, self.layout.taken + 8 * from).cast() }
+    }
+
     pub(super) fn bell(&self, rank: usize) -> &AtomicU32 {
         // SAFETY: as above.
         unsafe { &*self.at(rank, BELL).cast() }
+    }
+
+    /// Says that what this rank's calls lent to others is not theirs to read any more.
+    pub(super) fn withdraw(&self, rank: usize) {
+        retract(self.withdrawn_word(rank));
+    }
+
+    /// Whether a rank has withdrawn: if not, all that was read of its tensors until now was what it lent.
+    pub(super) fn withdrawn(&self, rank: usize) -> bool {
+        retracted(self.withdrawn_word(rank))
+    }
+
+    fn withdrawn_word(&self, rank: usize) -> &AtomicU32 {
+        // SAFETY: as in `progress`.
+        unsafe { &*self.at(rank, WITHDRAWN).cast() }
     }
 
     pub(super) fn header(&self, rank: usize, round: u64) -> *mut Header {
@@ -175,6 +231,15 @@ impl Segment {
         unsafe { self.header(rank, round).cast::<u8>().add(PAYLOAD) }
     }
 
+    /// Where the data of a large message can be read in place; behind it an offset for each segment.
+    pub(super) fn site(&self, rank: usize, round: u64) -> *mut Site {
+        const { assert!(PAYLOAD.is_multiple_of(align_of::<Site>())) };
+        self.payload(rank, round).cast()
+    }
+
+    /// For how many segments there is room for offsets.
+    pub(super) const OFFSETS: usize = (SMALL - size_of::<Site>()) / 8;
+
     /// The bytes that `rank` has for each rank.
     pub(super) fn sizes(&self, rank: usize, round: u64) -> *mut u64 {
         let one = (self.layout.ranks * 8).next_multiple_of(128);
@@ -184,6 +249,12 @@ impl Segment {
     /// The chunk that `rank` fills for `reader` alone at a step.
     pub(super) fn chunk_for(&self, rank: usize, reader: usize, step: usize) -> *mut u8 {
         let slot = step % DEPTH * (self.layout.ranks + 1) + reader;
+        self.at(rank, self.layout.staging + slot * self.layout.chunk)
+    }
+
+    /// Where `rank` puts a chunk of a message.
+    pub(super) fn mail(&self, rank: usize, chunk: u64) -> *mut u8 {
+        let slot = DEPTH * (self.layout.ranks + 1) + (chunk % MAIL_DEPTH as u64) as usize;
         self.at(rank, self.layout.staging + slot * self.layout.chunk)
     }
 

@@ -66,6 +66,9 @@ pub(super) struct Stages {
     pub(super) local: Option<(Stream, Stream)>,
     /// Which ranks read what this rank fills and shares.
     pub(super) readers: Readers,
+    /// Whether what is gathered of a rank whose data can be read in place is there as well, not in a slot, in a
+    /// call of more than so many steps.
+    pub(super) in_place: Option<usize>,
     /// How many steps its streams take, at least one: a root may have a lot for itself alone.
     pub(super) steps: usize,
 }
@@ -86,6 +89,9 @@ impl Readers {
     }
 }
 
+/// Up to how many steps results go through slots, wherever the data lies.
+const SHORT: usize = 2;
+
 /// The share of one rank: equal parts, cut at cache lines.
 fn share(bytes: usize, rank: usize, ranks: usize) -> Range<usize> {
     let each = bytes.div_ceil(ranks).next_multiple_of(64);
@@ -104,6 +110,12 @@ impl Stages {
             comes_apart: matches!(call.op, Op::Scatter { .. } | Op::AllToAll),
             local: None,
             readers: Readers::All,
+            in_place: match call.op {
+                Op::Reduce { .. } => None,
+                // The result of a short one costs less in a slot: its owner need not wait until it is read.
+                Op::AllReduce(_) => Some(SHORT),
+                _ => Some(0),
+            },
             steps: 0,
         };
         let lists = &mut stages.lists;

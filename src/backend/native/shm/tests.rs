@@ -1,10 +1,12 @@
+mod in_place;
+
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use tch::{Device, Kind, Tensor};
 
-use super::connect::{Reserved, connect};
+use super::connect::{Reserved, affordable, connect};
 use super::segment::{Layout, Segment};
 use super::{Inner, SharedMemory};
 use crate::backend::native::stamp::fingerprint;
@@ -346,6 +348,54 @@ fn contexts(ranks: usize) -> Vec<BackendContext> {
             group_name: "test".to_owned(),
         })
         .collect()
+}
+
+/// The bytes of memory that a descriptor's pages take.
+fn taken(memory: impl std::os::fd::AsFd) -> usize {
+    rustix::fs::fstat(memory).unwrap().st_blocks as usize * 512
+}
+
+#[test]
+fn a_group_takes_pages_when_it_first_moves_a_large_tensor_and_never_more_than_its_slots() {
+    let layout = Layout::new(2, 256 << 10);
+    let (_, descriptor) = Segment::create(layout).unwrap();
+    let group: Vec<_> = (0..2)
+        .map(|rank| {
+            let segment = Segment::open(&descriptor, layout).unwrap();
+            SharedMemory { inner: Arc::new(Inner::new(segment, rank, None, Reserved::new(0))) }
+        })
+        .collect();
+    let sum = |seq, n| {
+        on_all(&group, |me, rank| {
+            let tensor = data(me, 0, n, Kind::Float);
+            run(rank, call(Op::AllReduce(ReduceOp::Sum), Kind::Float, &[], &[tensor], 0), seq, false)
+                .unwrap();
+        });
+    };
+    assert_eq!(taken(&descriptor), 0);
+    sum(1, 1000);
+    // Flags, headers and small payloads.
+    assert!(taken(&descriptor) <= 64 << 10, "{}", taken(&descriptor));
+    sum(2, 4 << 20);
+    let slots = 2 * Layout::staging(2, 256 << 10);
+    assert!((1 << 20..=(64 << 10) + slots).contains(&taken(&descriptor)), "{}", taken(&descriptor));
+}
+
+#[test]
+fn the_slots_of_all_groups_of_a_process_take_at_most_32_mib() {
+    for ranks in [2, 4, 16, 64] {
+        let mut held = Vec::new();
+        for _ in 0..50 {
+            match affordable(ranks) {
+                // Another transport has to do.
+                0 => break,
+                chunk => held.push(Reserved::new(Layout::staging(ranks, chunk))),
+            }
+        }
+        assert!(held.len() >= 10, "{} groups of {ranks}", held.len());
+        let all: usize = held.iter().map(Reserved::bytes).sum();
+        assert!(all <= 32 << 20, "{all} bytes for {} groups of {ranks}", held.len());
+    }
 }
 
 #[test]

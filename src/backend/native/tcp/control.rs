@@ -9,8 +9,10 @@ use parking_lot::Mutex;
 
 use super::channel::{Event, Line};
 use super::messages::{Deed, Messages};
+use super::streams::Streams;
 use super::wire::Note;
 use crate::backend::Transfer;
+use crate::backend::native::bulk::Bulk;
 use crate::backend::native::cause::Cause;
 use crate::backend::native::control::{Control, Listener, Overdue, Presence};
 use crate::backend::native::ledger::{Ledger, Report};
@@ -32,6 +34,8 @@ pub(crate) struct SocketControl {
 struct State {
     lines: Vec<Option<Line>>,
     messages: Messages,
+    /// A way around the lines, where there is one.
+    streams: Option<Streams>,
     presence: Vec<Presence>,
     /// The last question, and the answers to it.
     asked: u64,
@@ -52,12 +56,19 @@ struct After {
 
 impl SocketControl {
     /// `sockets[r]` leads to rank r. Watched by the progress engine from now on until closed.
-    pub(crate) fn new(rank: usize, sockets: Vec<Option<OwnedFd>>, ledger: Arc<Ledger>) -> Result<Arc<Self>> {
+    /// Large messages go by `bulk`, if there is such a way.
+    pub(crate) fn new(
+        rank: usize,
+        sockets: Vec<Option<OwnedFd>>,
+        bulk: Option<Arc<dyn Bulk>>,
+        ledger: Arc<Ledger>,
+    ) -> Result<Arc<Self>> {
         let world = sockets.len();
         let lines = sockets.into_iter().enumerate();
         let state = State {
             lines: lines.map(|(peer, fd)| fd.map(|fd| Line::new(peer, fd))).collect(),
             messages: Messages::new(rank, world),
+            streams: bulk.map(Streams::new),
             presence: vec![Presence::Here; world],
             asked: 0,
             answers: vec![None; world],
@@ -121,7 +132,10 @@ impl State {
                 match deed {
                     Deed::Note(to, note, raw) => self.send(to, &note, &raw),
                     Deed::Stream(to, id) => {
-                        if let Some(line) = &mut self.lines[to] {
+                        let bytes = self.messages.outgoing.get(&id).map_or(0, |(p, _)| p.buffer.bytes());
+                        if let Some(streams) = self.streams.as_mut().filter(|s| s.carry(bytes)) {
+                            streams.send(to, id);
+                        } else if let Some(line) = &mut self.lines[to] {
                             line.stream(id);
                         }
                     }
@@ -137,6 +151,17 @@ impl State {
                 return self.lines.iter().flatten().any(Line::busy);
             }
         }
+    }
+
+    /// Whether messages are under way around the lines.
+    fn streaming(&self) -> bool {
+        self.streams.as_ref().is_some_and(Streams::busy)
+    }
+
+    /// Messages are given up.
+    fn give_up(&mut self) {
+        self.lines.iter_mut().flatten().for_each(Line::give_up);
+        self.streams.iter_mut().for_each(Streams::give_up);
     }
 
     fn send(&mut self, to: usize, note: &Note, raw: &[u8]) {
@@ -197,6 +222,11 @@ impl State {
                 if self.presence[peer] == Presence::Here {
                     self.presence[peer] = Presence::Closed(completed);
                     after.changed = true;
+                }
+            }
+            Note::Stream { id, stream } => {
+                if let Some(streams) = &mut self.streams {
+                    streams.expect(peer, id, stream);
                 }
             }
             // The line itself has dealt with these.
@@ -271,7 +301,7 @@ impl Control for SocketControl {
 
     fn fail_transfers(&self, error: &Arc<Error>) {
         let pending = self.with(|state, _| {
-            state.lines.iter_mut().flatten().for_each(Line::give_up);
+            state.give_up();
             state.messages.drain()
         });
         for done in pending {
@@ -281,7 +311,7 @@ impl Control for SocketControl {
 
     fn close(&self, completed: u64) {
         self.with(|state, _| {
-            state.lines.iter_mut().flatten().for_each(Line::give_up);
+            state.give_up();
             if state.closing.is_none() {
                 state.send_all(&Note::Closed { completed });
                 state.closing = Some(Instant::now() + LINGER);
@@ -298,8 +328,13 @@ impl Task for SocketControl {
         if ready {
             state.read(&self.ledger, &mut after);
         }
+        let state_now = &mut *state;
+        let pumped = match &mut state_now.streams {
+            Some(streams) => streams.pump(&mut state_now.messages, &mut after.deeds),
+            None => false,
+        };
         let busy = state.perform(&mut after);
-        let moved = !after.deeds.is_empty() || after.changed || !after.failures.is_empty();
+        let moved = pumped || !after.deeds.is_empty() || after.changed || !after.failures.is_empty();
         let turn = match state.closing {
             Some(until) if !busy || Instant::now() >= until => {
                 state.lines.fill_with(|| None);
@@ -307,6 +342,8 @@ impl Task for SocketControl {
             }
             Some(until) => Turn::Idle(Some(until)),
             None if moved => Turn::Moved,
+            // Nobody knocks: the progress engine spins a little, then looks again and again.
+            None if state.streaming() => Turn::Idle(Some(Instant::now() + LINGER)),
             None => Turn::Idle(None),
         };
         drop(state);
@@ -319,7 +356,7 @@ impl Task for SocketControl {
         for line in state.lines.iter().flatten().filter(|l| !l.ended) {
             set.push(Watch { fd: line.fd.clone(), read: true, write: line.busy() });
         }
-        true
+        !state.streaming()
     }
 }
 

@@ -8,6 +8,7 @@ mod data;
 mod handshake;
 mod messages;
 mod stream;
+mod streams;
 mod wire;
 
 use std::os::fd::{AsFd, OwnedFd};

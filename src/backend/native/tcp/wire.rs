@@ -83,6 +83,8 @@ pub(super) enum Note {
     Eager { tag: u32, kind: u8, numel: u64, len: u32 },
     /// This many bytes of small messages have been taken.
     Credit { bytes: u32 },
+    /// A granted message comes as this stream, not through the socket.
+    Stream { id: u64, stream: u64 },
 }
 
 /// The longest note that is believed.

@@ -59,6 +59,10 @@ fn with_victim(test: &str, transport: &str, signal: Signal, body: fn(&Rank) -> S
         for _ in 0..20 {
             rank.all_reduce(&Tensor::ones([100], (Kind::Float, Device::Cpu)), ReduceOp::Sum).unwrap();
         }
+        let mut lent = lent(&rank);
+        rank.all_reduce(&lent, ReduceOp::Sum).unwrap();
+        assert_eq!(lent.mean(Kind::Double).double_value(&[]), WORLD as f64);
+        let _ = lent.fill_(1.0);
         if rank.rank == VICTIM {
             kill_process(getpid(), signal).unwrap();
             // A signal may take a moment to reach every thread.
@@ -117,6 +121,24 @@ fn until_failure(rank: &Rank) -> String {
     }
 }
 
+/// A large tensor of ones in memory of the engine's choice: over shared memory the others read it in place.
+fn lent(rank: &Rank) -> Tensor {
+    let mut tensor = rank.backend.allocate(&[100_000], (Kind::Float, Device::Cpu)).unwrap();
+    tensor.fill_(1.0)
+}
+
+/// All-reduces such a tensor until it fails: in what.
+fn in_place_until_failure(rank: &Rank) -> String {
+    let tensor = lent(rank);
+    loop {
+        match rank.all_reduce(&tensor, ReduceOp::Avg) {
+            Ok(()) => assert_eq!(tensor.max().double_value(&[]), 1.0),
+            Err(Error::Poisoned { cause }) => return cause.to_string(),
+            Err(error) => return error.to_string(),
+        }
+    }
+}
+
 /// Waits for a collective that the progress engine drives.
 fn in_async_work(rank: &Rank) -> String {
     let tensor = Tensor::ones([300_000], (Kind::Float, Device::Cpu));
@@ -151,6 +173,12 @@ fn killed(test: &str, transport: &str, body: fn(&Rank) -> String) {
 #[test]
 fn a_killed_rank_is_named_by_those_that_wait_in_shared_memory() {
     killed("a_killed_rank_is_named_by_those_that_wait_in_shared_memory", "shm", until_failure);
+}
+
+#[test]
+fn a_killed_rank_is_named_by_those_that_read_its_tensors_in_place() {
+    let test = "a_killed_rank_is_named_by_those_that_read_its_tensors_in_place";
+    killed(test, "shm", in_place_until_failure);
 }
 
 #[test]

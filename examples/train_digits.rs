@@ -42,8 +42,8 @@ struct Args {
     #[arg(long, default_value = "native")]
     backend: String,
     /// How many epochs in all.
-    #[arg(long, default_value_t = 20)]
-    epochs: usize,
+    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u16).range(1..))]
+    epochs: u16,
     /// How many images a step takes, over all ranks.
     #[arg(long, default_value_t = 64)]
     batch_size: usize,
@@ -97,8 +97,9 @@ fn train(args: &Args) -> dist::Result<usize> {
         DistributedSampler::new(training.len() as usize, &group).seed(args.seed).drop_last(true);
     let share = (args.batch_size / group.size()).max(1);
     let steps = sampler.len().div_ceil(share);
-    let progress = Progress::new(args.epochs.saturating_sub(history.len()) * steps, is_first);
-    for epoch in history.len()..args.epochs {
+    let epochs = usize::from(args.epochs);
+    let progress = Progress::new(epochs.saturating_sub(history.len()) * steps, is_first);
+    for epoch in history.len()..epochs {
         let start = Instant::now();
         sampler.set_epoch(epoch as u64);
         optimizer.lr = args.lr * 0.85f64.powi(epoch as i32);
@@ -121,7 +122,7 @@ fn train(args: &Args) -> dist::Result<usize> {
             progress.say(&format!(
                 "epoch {:>3}/{}  loss {loss:.4}  held-out {accuracy:.1} %  {rate:.0} samples/s",
                 epoch + 1,
-                args.epochs
+                epochs
             ));
             Checkpoint::take(&vs, &optimizer, &history).save(&args.out)?;
         }

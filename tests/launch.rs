@@ -197,6 +197,64 @@ fn two_calls_of_local_each_run_their_own_body() {
 }
 
 #[test]
+fn a_call_that_only_the_first_process_makes_does_not_take_the_place_of_another() {
+    let name = "a_call_that_only_the_first_process_makes_does_not_take_the_place_of_another";
+    if plays() {
+        // As a program that prepares its data where they are not there yet: the ranks of the second call find them.
+        let data = std::env::var("DATA").unwrap();
+        if !std::path::Path::new(&data).exists() {
+            dist::launch::local(1, || std::fs::write(&data, "")).unwrap();
+        }
+        dist::launch::local(2, || says("trained")).unwrap();
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let mut command = program(name);
+    command.env("DATA", folder.path().join("data"));
+    let text = out(&finish(command));
+    assert_eq!(text.matches("] trained").count(), 2, "{text}");
+}
+
+#[test]
+fn ranks_that_end_without_coming_to_the_call_are_an_error() {
+    let name = "ranks_that_end_without_coming_to_the_call_are_an_error";
+    if plays() {
+        if std::env::var_os("RANK").is_none() {
+            println!("result: {}", dist::launch::local(2, || says("trained")).unwrap_err());
+        }
+        return;
+    }
+    let text = out(&finish(program(name)));
+    assert!(text.contains("result: rank 0 failed: its program ended well, but without coming"), "{text}");
+}
+
+#[test]
+fn a_program_that_a_rank_starts_may_start_ranks_of_its_own() {
+    let name = "a_program_that_a_rank_starts_may_start_ranks_of_its_own";
+    if plays() {
+        const INNER: &str = "LAUNCH_TEST_IS_INNER";
+        if std::env::var_os(INNER).is_some() {
+            dist::launch::local(2, || says("inner")).unwrap();
+            return;
+        }
+        dist::launch::local(1, || {
+            let output = finish({
+                let mut command = Command::new(std::env::current_exe().unwrap());
+                command.args(std::env::args_os().skip(1)).env(INNER, "1");
+                command
+            });
+            print!("{}", out(&output));
+            assert!(output.status.success(), "{}", err(&output));
+            Ok::<(), ()>(())
+        })
+        .unwrap();
+        return;
+    }
+    let text = out(&finish(program(name)));
+    assert_eq!(text.matches("] inner").count(), 2, "{text}");
+}
+
+#[test]
 fn under_a_launcher_local_just_runs_the_body() {
     let name = "under_a_launcher_local_just_runs_the_body";
     if plays() {
@@ -243,6 +301,19 @@ fn an_interrupted_local_ends_all_its_ranks_and_itself() {
         assert!(!output.status.success(), "{}", out(&output));
         gone(&word);
     }
+}
+
+#[test]
+fn a_tchrun_that_is_to_ignore_hang_ups_goes_on() {
+    let word = unique("nohup");
+    let mut command = clean(Command::new("nohup"));
+    command.arg(env!("CARGO_BIN_EXE_tchrun"));
+    command.args(["--nproc-per-node", "1", "sh", "-c", &format!("echo begun; sleep 1; echo {word}")]);
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    until(&mut child, "begun");
+    signal(&child, "-HUP");
+    let output = wait(child);
+    assert!(output.status.success() && out(&output).contains(&word), "{}{}", out(&output), err(&output));
 }
 
 #[test]

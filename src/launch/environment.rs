@@ -6,7 +6,7 @@ use std::net::TcpListener;
 use std::process::Command;
 use std::str::FromStr;
 
-use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal};
+use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal, test_kill_process};
 
 /// A process's place in the world: the variables that torchrun sets.
 #[derive(Clone, Debug)]
@@ -103,6 +103,18 @@ pub(crate) fn free_port() -> std::io::Result<u16> {
         }
     }
     TcpListener::bind("0.0.0.0:0")?.local_addr().map(|address| address.port())
+}
+
+/// Whether the launcher started this process itself. A process whose launcher is gone ends here.
+pub(crate) fn is_child_of(launcher: u32) -> bool {
+    let launcher = i32::try_from(launcher).ok().and_then(Pid::from_raw);
+    if launcher.is_some() && getppid() == launcher {
+        return true;
+    }
+    if !launcher.is_some_and(|launcher| test_kill_process(launcher).is_ok()) {
+        std::process::exit(1);
+    }
+    false
 }
 
 /// This process is to die when its parent dies, whatever way; at once if that has happened.

@@ -1,16 +1,18 @@
 //! A program that starts its own ranks.
 
+use std::collections::HashMap;
 use std::fmt::Debug;
 use std::fs::DirBuilder;
 use std::os::unix::fs::DirBuilderExt;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::panic::{AssertUnwindSafe, Location, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::atomic::{AtomicUsize, Ordering};
+
+use parking_lot::Mutex;
 
 use super::signals::die_of;
 use super::supervise::{End, RankCommand, Terms, describe, supervise};
-use super::{PARENT, Seat, die_with_parent, nonce, number};
+use super::{PARENT, Seat, die_with_parent, is_child_of, nonce, number};
 use crate::libtorch::panic_text;
 use crate::rendezvous::environment;
 use crate::store::TcpStore;
@@ -20,21 +22,31 @@ use crate::{Error, Result};
 const CALL: &str = "TCH_DISTRIBUTED_LAUNCH";
 const ERROR: &str = "TCH_DISTRIBUTED_ERROR_FILE";
 
-/// How many calls this process has made.
-static CALLS: AtomicUsize = AtomicUsize::new(0);
+/// How often each place in the program has called.
+static CALLS: Mutex<Option<HashMap<String, usize>>> = Mutex::new(None);
+
+/// Names this call: the place in the program, and which time round it is.
+fn name(place: &Location<'_>) -> String {
+    let place = place.to_string();
+    let mut calls = CALLS.lock();
+    let count = calls.get_or_insert_default().entry(place.clone()).or_insert(0);
+    *count += 1;
+    format!("{place}#{count}")
+}
 
 /// Runs `body` in `n` processes of this machine, the ranks of one world.
 ///
 /// Each rank is this program again, with the same arguments, up to this very call: there it runs
 /// `body`, which calls `init_process_group` itself, and ends. The first process runs no rank; it
 /// waits for them and then goes on. What should happen once goes behind the call, what every rank needs
-/// goes before it or into `body`.
+/// goes before it or into `body`. Other calls of `local` on a rank's way there do nothing.
 ///
 /// Under torchrun, `tchrun`, `mpirun` or `srun`, whose variables are set, this process is a rank already:
 /// `body` just runs.
 ///
 /// # Errors
-/// [`Error::RankFailed`] with the rank that failed first and its error; the others are ended. On Ctrl-C
+/// [`Error::RankFailed`] with the rank that failed first and its error; the others are ended. A rank whose
+/// program ended without coming to this call has failed too. On Ctrl-C
 /// and `SIGTERM` all ranks end, and this process too.
 ///
 /// ```no_run
@@ -49,27 +61,38 @@ static CALLS: AtomicUsize = AtomicUsize::new(0);
 /// ```
 #[doc(alias = "spawn")]
 #[doc(alias = "torch.multiprocessing.spawn")]
+#[track_caller]
 pub fn local<E: Debug>(n: usize, body: impl FnOnce() -> Result<(), E>) -> Result<()> {
     if n == 0 {
         return Err(Error::invalid("n", "it is 0, expected at least one rank"));
     }
-    let call = CALLS.fetch_add(1, Ordering::Relaxed) + 1;
-    if let Some(own) = number::<usize>(CALL) {
-        // An earlier call is behind the parent. A later one cannot come: a rank ends in its own.
-        return if call < own { Ok(()) } else { be_a_rank(body) };
+    let call = name(Location::caller());
+    let inherited = std::env::var(CALL).ok().zip(number(PARENT));
+    if let Some((own, parent)) = &inherited
+        && is_child_of(*parent)
+    {
+        return if call == *own { be_a_rank(*parent, body) } else { Ok(()) };
     }
-    if environment::launched(&environment::process) {
+    // A program that a rank starts has its rank's variables too, but is no rank.
+    if inherited.is_none() && environment::launched(&environment::process) {
         let rank = environment::rank(&environment::process)?.unwrap_or(0);
         return body().map_err(|error| Error::RankFailed { rank, reason: format!("{error:?}") });
     }
     let errors = Errors::new()?;
     let store = TcpStore::server("127.0.0.1", 0, crate::store::DEFAULT_TIMEOUT)?;
-    let ranks = commands(n, call, store.port(), &errors.0)?;
+    let ranks = commands(n, &call, store.port(), &errors.0)?;
     let terms =
         Terms { success: 0, limit: None, print: true, keep: 20, signals: true, interrupted: &|| None };
     let report = supervise(ranks, &terms)?;
     match report.end {
-        End::Success => Ok(()),
+        End::Success => match (0..n).find(|&rank| !errors.came(rank)) {
+            None => Ok(()),
+            Some(rank) => {
+                let reason = "its program ended well, but without coming to this call of launch::local: what \
+                              stands before the call must lead every rank to it";
+                Err(Error::RankFailed { rank, reason: reason.to_owned() })
+            }
+        },
         End::Signal(signal) => {
             drop(errors); // a process that dies of a signal cleans up nothing
             die_of(signal)
@@ -88,16 +111,19 @@ pub fn local<E: Debug>(n: usize, body: impl FnOnce() -> Result<(), E>) -> Result
 }
 
 /// Runs the body as a rank, leaves its error for the launcher, and ends.
-fn be_a_rank<E: Debug>(body: impl FnOnce() -> Result<(), E>) -> ! {
-    if let Some(parent) = number(PARENT) {
-        die_with_parent(parent);
+fn be_a_rank<E: Debug>(parent: u32, body: impl FnOnce() -> Result<(), E>) -> ! {
+    die_with_parent(parent);
+    let file = std::env::var_os(ERROR);
+    if let Some(file) = &file {
+        // Empty: it came here. Where it cannot be written the launcher says that nobody came.
+        let _ = std::fs::write(file, "");
     }
     let (code, error) = match catch_unwind(AssertUnwindSafe(body)) {
         Ok(Ok(())) => (0, None),
         Ok(Err(error)) => (1, Some(format!("{error:?}"))),
         Err(panic) => (101, Some(format!("it panicked: {}", panic_text(&*panic)))),
     };
-    if let (Some(error), Some(file)) = (error, std::env::var_os(ERROR)) {
+    if let (Some(error), Some(file)) = (error, file) {
         // Without the file the launcher still has the exit status and stderr.
         let _ = std::fs::write(file, error);
     }
@@ -113,6 +139,11 @@ impl Errors {
         DirBuilder::new().mode(0o700).create(&path)?;
         Ok(Self(path))
     }
+
+    /// Whether the rank came to the call.
+    fn came(&self, rank: usize) -> bool {
+        self.0.join(rank.to_string()).exists()
+    }
 }
 
 impl Drop for Errors {
@@ -121,7 +152,7 @@ impl Drop for Errors {
     }
 }
 
-fn commands(n: usize, call: usize, port: u16, errors: &Path) -> Result<Vec<RankCommand>> {
+fn commands(n: usize, call: &str, port: u16, errors: &Path) -> Result<Vec<RankCommand>> {
     let program = std::env::current_exe()?;
     let run_id = nonce();
     let command = |rank: usize| {
@@ -129,7 +160,7 @@ fn commands(n: usize, call: usize, port: u16, errors: &Path) -> Result<Vec<RankC
         command.args(std::env::args_os().skip(1));
         Seat::on_this_host(rank, n, port, &run_id, true).give(&mut command);
         let file = errors.join(rank.to_string());
-        command.env(CALL, call.to_string()).env(PARENT, std::process::id().to_string()).env(ERROR, &file);
+        command.env(CALL, call).env(PARENT, std::process::id().to_string()).env(ERROR, &file);
         RankCommand { rank, command, error_file: Some(file) }
     };
     Ok((0..n).map(command).collect())

@@ -13,5 +13,5 @@ pub(crate) mod supervise;
 #[doc(hidden)]
 pub mod tchrun;
 
-pub(crate) use environment::{PARENT, Seat, die_with_parent, free_port, nonce, number};
+pub(crate) use environment::{PARENT, Seat, die_with_parent, free_port, is_child_of, nonce, number};
 pub use local::local;

@@ -13,8 +13,16 @@ use signal_hook::iterator::{Handle, Signals};
 /// What ends a launcher.
 const ENDING: [i32; 4] = [SIGINT, SIGTERM, SIGHUP, SIGQUIT];
 
-/// Whether no launcher listens: then these signals do what they do by default.
-static IDLE: OnceCell<Arc<AtomicBool>> = OnceCell::new();
+/// Those of them that this process was not told to ignore: `nohup` and shells' background jobs are.
+fn ending() -> Vec<i32> {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let ignored = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0);
+    ENDING.into_iter().filter(|signal| ignored & (1 << (signal - 1)) == 0).collect()
+}
+
+/// Whether no launcher listens: then these signals do what they do by default. And which signals.
+static IDLE: OnceCell<(Arc<AtomicBool>, Vec<i32>)> = OnceCell::new();
 
 /// Signals come to a closure while this lives.
 pub(super) struct Listening {
@@ -23,14 +31,15 @@ pub(super) struct Listening {
 
 impl Listening {
     pub(super) fn start(on: impl Fn(i32) + Send + 'static) -> io::Result<Self> {
-        let idle = IDLE.get_or_try_init(|| {
-            let idle = Arc::new(AtomicBool::new(true));
-            for signal in ENDING {
-                register_conditional_default(signal, idle.clone())?;
+        // Found out once: with the first handler a signal is not ignored any more.
+        let (idle, ending) = IDLE.get_or_try_init(|| {
+            let (idle, ending) = (Arc::new(AtomicBool::new(true)), ending());
+            for signal in &ending {
+                register_conditional_default(*signal, idle.clone())?;
             }
-            io::Result::Ok(idle)
+            io::Result::Ok((idle, ending))
         })?;
-        let mut signals = Signals::new(ENDING)?;
+        let mut signals = Signals::new(ending)?;
         let handle = signals.handle();
         thread::Builder::new().name("signals".to_owned()).spawn(move || {
             for signal in signals.forever() {
@@ -44,7 +53,7 @@ impl Listening {
 
 impl Drop for Listening {
     fn drop(&mut self) {
-        if let Some(idle) = IDLE.get() {
+        if let Some((idle, _)) = IDLE.get() {
             idle.store(true, Ordering::SeqCst);
         }
         self.handle.close();

@@ -288,6 +288,8 @@ fn first_cause(crew: &mut Crew, order: &[usize], success: i32) -> Option<Failure
             continue;
         }
         let error = running.error_file.as_ref().and_then(|file| std::fs::read_to_string(file).ok());
+        // It is empty where a rank came to its body and left no error.
+        let error = error.filter(|text| !text.is_empty());
         failures.push(Failure { rank, status, error, stderr: running.stderr.lines() });
     }
     let own = failures.iter().position(|failure| !blames_another(failure)).unwrap_or(0);

@@ -14,7 +14,7 @@ use parking_lot::Mutex;
 use super::signals::die_of;
 use super::supervise::{End, Failure, RankCommand, Terms, describe, supervise};
 use super::{Seat, die_with_parent, nonce};
-use crate::store::{PrefixStore, Store, TcpStore};
+use crate::store::{PrefixStore, Store, TcpStore, wire};
 use crate::{Error, Result};
 
 /// torchrun's port where several nodes meet.
@@ -174,9 +174,8 @@ fn run(options: Options) -> Result<i32> {
     match report.end {
         End::Success => nodes.leave(&news),
         End::Failed(failure) => {
-            let text = tell(&failure, &options);
+            eprintln!("{}", tell(&failure, &options));
             nodes.tell(&format!("rank {} failed: {}", failure.rank, describe(failure.status)));
-            eprintln!("{text}");
             Ok(failure.status.code().unwrap_or_else(|| 128 + failure.status.signal().unwrap_or(0)))
         }
         End::Signal(signal) => {
@@ -236,6 +235,9 @@ impl Nodes {
         };
         let port = options.master_port.unwrap_or(if count == 1 || options.standalone { 0 } else { PORT });
         let store = Arc::new(if node == 0 {
+            if count > 1 && wire::resolve(&host, port).is_ok_and(|addresses| !wire::is_here(&addresses)) {
+                eprintln!("tchrun: node 0 serves the store, but {host} is not an address of this machine");
+            }
             TcpStore::server(&host, port, JOIN)?
         } else {
             TcpStore::connect(&host, port, JOIN)?

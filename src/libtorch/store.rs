@@ -2,6 +2,8 @@
 //! one of theirs. Errors are the texts of the C++ exceptions.
 
 use std::any::Any;
+use std::fmt::Display;
+use std::net::{TcpStream, ToSocketAddrs};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
@@ -110,11 +112,32 @@ pub(crate) struct C10dStore {
     tcp: Option<Connections>,
 }
 
+/// How long a server that answered before may take to answer again.
+const RECONNECT: Duration = Duration::from_secs(2);
+
 /// The connections to one TCP server that are not in use.
 struct Connections {
     host: String,
     port: u16,
     idle: Mutex<Vec<UniquePtr<ffi::StoreHandle>>>,
+}
+
+impl Connections {
+    /// Whether somebody still listens: libtorch's client would try again and again for the store's whole
+    /// timeout, and a server that answered before and is gone does not come back.
+    fn knock(&self) -> Text<()> {
+        let gone =
+            |e: &dyn Display| format!("the store's server at {}:{} is gone: {e}", self.host, self.port);
+        let addresses = (self.host.as_str(), self.port).to_socket_addrs().map_err(|e| gone(&e))?;
+        let mut last = "it has no address".to_owned();
+        for address in addresses {
+            match TcpStream::connect_timeout(&address, RECONNECT) {
+                Ok(_) => return Ok(()),
+                Err(e) => last = e.to_string(),
+            }
+        }
+        Err(gone(&last))
+    }
 }
 
 impl C10dStore {
@@ -172,7 +195,10 @@ impl C10dStore {
         let timeout = self.timeout_ms.load(Ordering::Relaxed);
         let connection = match idle {
             Some(connection) => connection,
-            None => ffi::tcp_store(&tcp.host, tcp.port, false, -1, false, false, timeout).map_err(text)?,
+            None => {
+                tcp.knock()?;
+                ffi::tcp_store(&tcp.host, tcp.port, false, -1, false, false, timeout).map_err(text)?
+            }
         };
         // Only a connection that answered goes back: after an error its state is unknown.
         let result = connection.set_timeout(timeout).and_then(|()| f(&connection)).map_err(text)?;

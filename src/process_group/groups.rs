@@ -14,6 +14,7 @@ use super::ProcessGroup;
 use super::spec::{BackendSpec, Backends};
 use super::state::{Inner, Parts, Universe};
 use crate::backend::{BackendContext, CollectiveBackend, factory};
+use crate::rendezvous::this_host;
 use crate::store::{PrefixStore, Store};
 use crate::{Error, Result};
 
@@ -95,10 +96,26 @@ pub(super) fn form(mut formation: Formation) -> Result<ProcessGroup> {
     for name in [&cpu, &cuda].into_iter().flatten() {
         factory(name)?;
     }
-    if formation.world {
-        formation.store = generation(&formation)?;
+    let lasting = formation.store.clone();
+    let generation = if formation.world { Some(Generation::claim(&formation)?) } else { None };
+    if let Some(generation) = &generation {
+        formation.store = generation.store(&lasting);
     }
+    let result = assemble(formation);
+    if let (Err(_), Some(generation)) = (&result, generation) {
+        generation.give_up(&lasting);
+    }
+    result
+}
+
+/// Makes the group's backends.
+fn assemble(formation: Formation) -> Result<ProcessGroup> {
+    let (cpu, cuda) = formation.spec.resolve()?;
     agree(&formation)?;
+    let count_hosts = formation.world && !formation.universe.knows_local_rank();
+    if count_hosts {
+        formation.store.set(&host_key(formation.rank), this_host().as_bytes())?;
+    }
     let create = |name: Option<String>, device: &str| -> Result<Option<Arc<dyn CollectiveBackend>>> {
         let Some(name) = name else { return Ok(None) };
         let context = BackendContext {
@@ -112,6 +129,9 @@ pub(super) fn form(mut formation: Formation) -> Result<ProcessGroup> {
         factory(&name)?.create(context).map(Some)
     };
     let backends = Backends { cpu: create(cpu, "cpu/")?, cuda: create(cuda, "cuda/")? };
+    if count_hosts && let Some(local_rank) = local_rank(&formation)? {
+        formation.universe.set_local_rank(local_rank);
+    }
     Ok(ProcessGroup::of(Inner::new(Parts {
         name: formation.name,
         rank: formation.rank,
@@ -125,20 +145,76 @@ pub(super) fn form(mut formation: Formation) -> Result<ProcessGroup> {
     })))
 }
 
-/// A store that was used before holds the keys of an earlier world: each later one gets its own. The
-/// first has PyTorch's keys.
-fn generation(formation: &Formation) -> Result<Arc<dyn Store>> {
-    let (store, rank, size) = (&formation.store, formation.rank, formation.ranks.len() as i64);
-    let generation = (store.add("tchd/joined", 1)? - 1) / size;
-    if store.add(&format!("tchd/joined/{generation}/{rank}"), 1)? > 1 {
-        return Err(Error::Rendezvous {
-            reason: format!("two processes claim rank {rank} of {size}: give each its own rank"),
-        });
+fn host_key(rank: usize) -> String {
+    format!("tchd/host/{rank}")
+}
+
+/// How many ranks before this one are on its host, where all of them have said where they are: they have before they
+/// connected.
+fn local_rank(formation: &Formation) -> Result<Option<usize>> {
+    let own = this_host();
+    let mut before = 0;
+    for rank in 0..formation.rank {
+        let key = host_key(rank);
+        if !formation.store.check(&[&key])? {
+            return Ok(None);
+        }
+        before += usize::from(formation.store.get(&key)? == own.as_bytes());
     }
-    Ok(match generation {
-        0 => store.clone(),
-        n => Arc::new(PrefixStore::new(format!("tchd/generation/{n}"), store.clone())),
-    })
+    Ok(Some(before))
+}
+
+/// Which world of its store a default group is: a store that was used before holds the keys of an earlier one.
+struct Generation {
+    number: i64,
+    rank: usize,
+    size: i64,
+}
+
+impl Generation {
+    /// The next one of which this rank is not yet a member.
+    fn claim(formation: &Formation) -> Result<Self> {
+        let (rank, size) = (formation.rank, formation.ranks.len() as i64);
+        let store = &formation.store;
+        let number = (store.add("tchd/joined", 1)? - 1) / size;
+        let this = Self { number, rank, size };
+        if store.add(&this.member(), 1)? > 1 {
+            this.take_back(store);
+            let reason = format!(
+                "two processes claim rank {rank} of {size}: give each its own rank (or, where ranks of Python were \
+                 in an earlier world of this store, give the new world a store of its own)"
+            );
+            return Err(Error::Rendezvous { reason });
+        }
+        Ok(this)
+    }
+
+    fn member(&self) -> String {
+        format!("tchd/joined/{}/{}", self.number, self.rank)
+    }
+
+    /// The first has PyTorch's own keys.
+    fn store(&self, lasting: &Arc<dyn Store>) -> Arc<dyn Store> {
+        match self.number {
+            0 => lasting.clone(),
+            n => Arc::new(PrefixStore::new(format!("tchd/generation/{n}"), lasting.clone())),
+        }
+    }
+
+    /// Where a world has not come about since some never came, its members may try again in the same generation.
+    fn give_up(&self, lasting: &Arc<dyn Store>) {
+        if lasting.add("tchd/joined", 0).is_ok_and(|joined| joined < (self.number + 1) * self.size) {
+            self.take_back(lasting);
+        }
+    }
+
+    /// As if this rank had not come.
+    fn take_back(&self, lasting: &Arc<dyn Store>) {
+        let undone = lasting.add(&self.member(), -1).and_then(|_| lasting.add("tchd/joined", -1));
+        if let Err(error) = undone {
+            tracing::debug!("cannot take back that rank {} came: {error}", self.rank);
+        }
+    }
 }
 
 /// The first rank to come writes down what it takes the group to be; the others compare.

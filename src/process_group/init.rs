@@ -206,8 +206,8 @@ fn form_world(spec: BackendSpec, options: InitOptions) -> Result<ProcessGroup> {
         backend_name: names.first().copied().unwrap_or_default().to_owned(),
         pytorch_keys: names.iter().all(|name| matches!(*name, "gloo" | "nccl")),
     })?;
-    let local_rank = met.local_rank.unwrap_or(met.rank);
     let base = PrefixStore::new("0/", met.store);
+    let local_rank = met.local_rank;
     let detail = options.detail.unwrap_or_else(|| {
         std::env::var("TORCH_DISTRIBUTED_DEBUG").is_ok_and(|level| level.eq_ignore_ascii_case("detail"))
     });
@@ -287,10 +287,11 @@ pub fn world_size() -> Result<usize> {
 /// This rank among the ranks of its host: `LOCAL_RANK`, or counted when the ranks met.
 ///
 /// # Errors
-/// `NotInitialized`.
+/// `NotInitialized`; `MissingArgument` where `LOCAL_RANK` is not set and ranks of Python are in the world, who do
+/// not say where they are.
 #[doc(alias = "get_node_local_rank")]
 pub fn local_rank() -> Result<usize> {
-    Ok(world()?.inner.universe.local_rank)
+    world()?.inner.universe.local_rank()
 }
 
 /// The name of the default group's backend.

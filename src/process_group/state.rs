@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
+use once_cell::sync::OnceCell;
 use parking_lot::Mutex;
 
 use super::spec::{BackendSpec, Backends};
@@ -47,7 +48,8 @@ pub(super) struct Inner {
 /// All groups of one rank that come from one `init_process_group`.
 pub(super) struct Universe {
     live: Mutex<Vec<Weak<Inner>>>,
-    pub(super) local_rank: usize,
+    /// Unknown at first where the ranks have met as PyTorch's do.
+    local_rank: OnceCell<usize>,
     /// This rank in the world.
     pub(super) rank: usize,
     pub(super) world_size: usize,
@@ -55,10 +57,31 @@ pub(super) struct Universe {
 }
 
 impl Universe {
-    pub(super) fn new(rank: usize, world_size: usize, local_rank: usize) -> Arc<Self> {
+    pub(super) fn new(rank: usize, world_size: usize, local_rank: Option<usize>) -> Arc<Self> {
         let instrument = Arc::<RankInstrument>::default();
         profile::dump_on_signal(&instrument, rank, world_size);
+        let local_rank = local_rank.map_or_else(OnceCell::new, OnceCell::with_value);
         Arc::new(Self { live: Mutex::default(), local_rank, rank, world_size, instrument })
+    }
+
+    /// This rank among those of its host.
+    pub(super) fn local_rank(&self) -> Result<usize> {
+        let missing = Error::MissingArgument {
+            argument: "local_rank",
+            builder: "the launcher",
+            variable: "LOCAL_RANK",
+        };
+        self.local_rank.get().copied().ok_or(missing)
+    }
+
+    pub(super) fn knows_local_rank(&self) -> bool {
+        self.local_rank.get().is_some()
+    }
+
+    /// It has been counted.
+    pub(super) fn set_local_rank(&self, counted: usize) {
+        // A second count gives the same.
+        let _ = self.local_rank.set(counted);
     }
 
     pub(super) fn add(&self, group: &Arc<Inner>) {

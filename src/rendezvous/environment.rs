@@ -9,9 +9,9 @@ use crate::{Error, Result};
 /// Where variables are looked up; a map in tests.
 pub(crate) type Lookup<'a> = &'a dyn Fn(&str) -> Option<String>;
 
-/// The process's own environment.
+/// The process's own environment. What is no text is not absent: it is shown as what it is not.
 pub(crate) fn process(name: &str) -> Option<String> {
-    std::env::var(name).ok()
+    std::env::var_os(name).map(|value| value.to_string_lossy().into_owned())
 }
 
 /// One launcher's variables for rank, world size and local rank.
@@ -167,8 +167,8 @@ fn launchers_port(env: Lookup<'_>) -> Option<u16> {
         id.hash(&mut hasher);
     } else if let Some(job) = env("SLURM_JOB_ID") {
         job.hash(&mut hasher);
-    } else if names(env).is_some_and(|names| names.rank != "RANK") {
-        // Ranks on one host that one daemon of MPI has started.
+    } else if present(env, "MPI_LOCALNRANKS") && env("MPI_LOCALNRANKS") == env("PMI_SIZE") {
+        // All ranks are on this host, and one daemon of MPI has started them.
         rustix::process::getppid().map(rustix::process::Pid::as_raw_nonzero).hash(&mut hasher);
     } else {
         return None;
@@ -234,6 +234,16 @@ mod tests {
                 assert!(text.contains("MASTER_PORT") && text.contains("1 to 65535"), "{text}");
             });
         }
+    }
+
+    #[test]
+    fn ranks_of_mpi_on_several_hosts_are_told_to_name_a_port() {
+        let rank = [("PMI_RANK", "1"), ("PMI_SIZE", "4"), ("MASTER_ADDR", "a")];
+        with(&rank, |env| {
+            assert!(matches!(master(env), Err(Error::MissingArgument { variable: "MASTER_PORT", .. })));
+        });
+        let here = [rank[0], rank[1], ("MPI_LOCALNRANKS", "4")];
+        with(&here, |env| assert_eq!(master(env).unwrap().0, "127.0.0.1"));
     }
 
     #[test]

@@ -70,7 +70,7 @@ pub(super) fn failed(reason: impl Into<String>) -> Error {
 
 impl Hello {
     pub(super) fn new(world_size: usize, backend: String, group_name: String, run_id: String) -> Self {
-        let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
+        let host = this_host();
         let (pid, process) = (std::process::id(), PROCESS.clone());
         Self { world_size, backend, group_name, run_id, host, pid, process }
     }
@@ -255,11 +255,17 @@ impl<'a> Meeting<'a> {
 
     /// The generation this rank is in; an error if another process has this rank's number.
     fn claim(&mut self) -> Result<i64> {
-        let generation = self.base.add(&format!("gen/{}", self.rank), 1)?;
-        if generation == 1 {
+        let counter = format!("gen/{}", self.rank);
+        let generation = loop {
+            let generation = self.base.add(&counter, 1)?;
+            if !self.met_without_us(generation)? {
+                break generation;
+            }
+        };
+        let before = generation - 1;
+        if generation == 1 || self.met_without_us(before)? {
             return Ok(generation);
         }
-        let before = generation - 1;
         // The claimant writes its hello right after its claim.
         let grace = Patience::new(Duration::from_secs(2).min(self.patience.left()));
         let mut grace = grace;
@@ -274,6 +280,8 @@ impl<'a> Meeting<'a> {
         match earlier {
             Some(earlier) if earlier.process == self.hello.process => Ok(generation),
             earlier => {
+                // The number stays with the one who had it.
+                self.base.add(&counter, -1)?;
                 let other = earlier.as_ref().map_or_else(|| "another process".to_owned(), Hello::place);
                 let mut reason = format!(
                     "two processes claim rank {}: {other}, and {}; each rank needs a number of its own",
@@ -290,6 +298,16 @@ impl<'a> Meeting<'a> {
                 Err(failed(reason))
             }
         }
+    }
+
+    /// Whether the ranks of a generation have met and there was no such rank among them: the world has grown since.
+    fn met_without_us(&self, generation: i64) -> Result<bool> {
+        let outcome = format!("{generation}/outcome");
+        if !self.base.check(&[&outcome])? {
+            return Ok(false);
+        }
+        let outcome = decode(&self.base.get(&outcome)?)?;
+        Ok(matches!(outcome, Outcome::Met(hosts) if hosts.len() <= self.rank))
     }
 
     fn hello_of(&self, generation: i64, rank: usize) -> Result<Option<Hello>> {
@@ -390,8 +408,13 @@ fn missing(base: &PrefixStore<Arc<dyn Store>>, generation: i64, size: usize) -> 
     Ok(missing)
 }
 
+/// This host's name.
+pub(crate) fn this_host() -> String {
+    rustix::system::uname().nodename().to_string_lossy().into_owned()
+}
+
 /// Ranks in words.
-pub(super) fn list(ranks: &[usize]) -> String {
+pub(crate) fn list(ranks: &[usize]) -> String {
     const SHOWN: usize = 20;
     match ranks {
         [] => "rank 0's confirmation".to_owned(),

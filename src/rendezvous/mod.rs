@@ -5,7 +5,7 @@
 
 pub(crate) mod environment;
 mod hello;
-mod patience;
+pub(crate) mod patience;
 mod place;
 
 #[cfg(test)]
@@ -19,6 +19,7 @@ use parking_lot::Mutex;
 
 use environment::Lookup;
 use hello::{Hello, Meeting, Venue, failed, mixed};
+pub(crate) use hello::{list, this_host};
 use patience::Patience;
 use place::{Method, Place};
 
@@ -52,9 +53,16 @@ pub(crate) struct Rendezvous {
     pub(crate) local_rank: Option<usize>,
 }
 
-/// The last store that this process served. It outlives its world: other ranks may still read, and
-/// the next world of this process may meet in it.
-static SERVED: Lazy<Mutex<Option<Arc<TcpStore>>>> = Lazy::new(Mutex::default);
+/// The stores that this process serves: those of worlds that live, and the last one. That outlives its world:
+/// other ranks may still read, and the next world of this process meets in it, if it is one of the same sort.
+static SERVED: Lazy<Mutex<Vec<Served>>> = Lazy::new(Mutex::default);
+
+struct Served {
+    store: Arc<TcpStore>,
+    pytorch_keys: bool,
+    /// How many ranks have joined the earlier worlds, as PyTorch counts.
+    joined: i64,
+}
 
 /// Meets the other ranks.
 pub(crate) fn rendezvous(request: RendezvousRequest) -> Result<Rendezvous> {
@@ -123,7 +131,10 @@ fn rendezvous_in(request: RendezvousRequest, env: Lookup<'_>) -> Result<Rendezvo
     };
     if request.pytorch_keys {
         if let Some(served) = &venue.served {
-            join_pytorch(&venue, served, rank, world_size, request.timeout)?;
+            join_pytorch(&venue, served, rank, world_size, request.timeout).inspect_err(|_| {
+                // Who came counts for no other world: the next one is to begin with a new store.
+                SERVED.lock().retain(|own| !Arc::ptr_eq(&own.store, served));
+            })?;
         }
         // A store of the user's is the groups' own; else PyTorch puts this before all.
         let store: Arc<dyn Store> = match request.store {
@@ -185,18 +196,17 @@ fn tcp(
 
 fn serve(host: &str, port: u16, request: &RendezvousRequest) -> Result<Arc<TcpStore>> {
     let mut served = SERVED.lock();
-    if let Some(store) = served.take_if(|store| store.port() == port)
-        && !request.pytorch_keys
-    {
-        // PyTorch's keys would be there from the last world; ours tell worlds apart.
-        store.set_timeout(request.timeout);
-        *served = Some(store.clone());
-        return Ok(store);
+    let own = served.iter().find(|own| own.store.port() == port);
+    if let Some(own) = own.filter(|own| own.pytorch_keys == request.pytorch_keys) {
+        own.store.set_timeout(request.timeout);
+        return Ok(own.store.clone());
     }
+    // Ranks of the two sorts must not meet.
+    served.retain(|own| own.store.port() != port && Arc::strong_count(&own.store) > 1);
     match TcpStore::server(host, port, request.timeout) {
         Ok(store) => {
             let store = Arc::new(store);
-            *served = Some(store.clone());
+            served.push(Served { store: store.clone(), pytorch_keys: request.pytorch_keys, joined: 0 });
             Ok(store)
         }
         Err(Error::Store { reason, .. }) => {
@@ -221,18 +231,24 @@ fn join_pytorch(venue: &Venue, store: &TcpStore, rank: usize, size: usize, timeo
     let mut wire = store.wire().map_err(lost)?;
     let mut joined = wire.join().map_err(lost)?;
     let mut patience = Patience::new(timeout);
+    let mut earlier = 0;
+    if let Some(own) = SERVED.lock().iter_mut().find(|own| rank == 0 && std::ptr::eq(&*own.store, store)) {
+        earlier = own.joined;
+        own.joined += size as i64;
+    }
     loop {
         if base.check(&["job"])? || base.check(&["python"])? {
             return Err(failed(mixed("native", &venue.name)));
         }
-        if rank != 0 || joined >= size as i64 {
+        let here = joined - earlier;
+        if rank != 0 || here >= size as i64 {
             return Ok(());
         }
-        let absent = size as i64 - joined;
+        let absent = size as i64 - here;
         patience.speak(|| format!("{absent} of {size} ranks at {}", venue.name));
         if !patience.pause() {
             return Err(failed(format!(
-                "{joined} of {size} ranks came to {} within {timeout:?}: who is missing cannot be told where \
+                "{here} of {size} ranks came to {} within {timeout:?}: who is missing cannot be told where \
                  PyTorch's own process groups meet",
                 venue.name
             )));

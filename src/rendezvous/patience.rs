@@ -11,7 +11,7 @@ const FIRST: Duration = Duration::from_secs(10);
 const AGAIN: Duration = Duration::from_secs(30);
 
 /// One wait, with growing pauses and a deadline.
-pub(super) struct Patience {
+pub(crate) struct Patience {
     started: Instant,
     timeout: Duration,
     next: Duration,
@@ -19,16 +19,16 @@ pub(super) struct Patience {
 }
 
 impl Patience {
-    pub(super) fn new(timeout: Duration) -> Self {
+    pub(crate) fn new(timeout: Duration) -> Self {
         Self { started: Instant::now(), timeout, next: FIRST, pause: Duration::from_millis(1) }
     }
 
-    pub(super) fn left(&self) -> Duration {
+    pub(crate) fn left(&self) -> Duration {
         self.timeout.saturating_sub(self.started.elapsed())
     }
 
     /// Says now and then what is waited for.
-    pub(super) fn speak<T: Display>(&mut self, what: impl FnOnce() -> T) {
+    pub(crate) fn speak<T: Display>(&mut self, what: impl FnOnce() -> T) {
         let elapsed = self.started.elapsed();
         if elapsed >= self.next {
             self.next = elapsed + AGAIN;
@@ -37,7 +37,7 @@ impl Patience {
     }
 
     /// Pauses; false when the time is over.
-    pub(super) fn pause(&mut self) -> bool {
+    pub(crate) fn pause(&mut self) -> bool {
         if self.left().is_zero() {
             return false;
         }

@@ -255,6 +255,57 @@ fn two_processes_that_claim_one_rank_are_both_told() {
 }
 
 #[test]
+fn a_number_that_was_refused_to_a_stranger_stays_with_its_rank() {
+    let store: Arc<dyn Store> = Arc::new(HashStore::new());
+    let pair = |round: &'static str| {
+        thread::scope(|scope| {
+            let ranks = [0, 1].map(|rank| {
+                let store = &store;
+                scope.spawn(move || meeting(store, rank, 2, &format!("process {rank}"), "job").map(|_| ()))
+            });
+            for rank in ranks {
+                rank.join().unwrap().unwrap_or_else(|e| panic!("{round}: {e}"));
+            }
+        });
+    };
+    pair("the first world");
+    let refused = text(meeting(&store, 1, 2, "a stranger", "job"));
+    assert!(refused.contains("two processes claim rank 1"), "{refused}");
+    pair("the next one");
+}
+
+#[test]
+fn a_rank_that_is_new_in_a_grown_world_meets_the_others() {
+    let store: Arc<dyn Store> = Arc::new(HashStore::new());
+    for size in [2, 3, 1, 3] {
+        thread::scope(|scope| {
+            let ranks: Vec<_> = (0..size)
+                .map(|rank| {
+                    let store = &store;
+                    scope.spawn(move || meeting(store, rank, size, &format!("process {rank}"), "job"))
+                })
+                .collect();
+            for rank in ranks {
+                let met = rank.join().unwrap().unwrap_or_else(|e| panic!("world of {size}: {e}"));
+                assert_eq!(met.hosts.len(), size);
+            }
+        });
+    }
+}
+
+#[test]
+fn a_gloo_world_meets_again_at_the_same_place_while_handles_of_the_last_one_live() {
+    let url = free();
+    let gloo =
+        |rank| RendezvousRequest { pytorch_keys: true, backend_name: "gloo".into(), ..at(&url, rank, 3) };
+    let first = all((0..3).map(gloo).collect());
+    let second = all((0..3).map(gloo).collect());
+    share(&second);
+    drop(first);
+    share(&all((0..3).map(gloo).collect()));
+}
+
+#[test]
 fn two_jobs_at_one_place_are_told_apart() {
     let store: Arc<dyn Store> = Arc::new(HashStore::new());
     thread::scope(|scope| {
@@ -270,7 +321,7 @@ fn two_jobs_at_one_place_are_told_apart() {
 #[test]
 fn a_wait_says_now_and_then_what_it_is_for() {
     // Ten seconds are long for a test: the words alone.
-    assert_eq!(hello::list(&[3]), "rank 3");
-    assert_eq!(hello::list(&[1, 2]), "ranks 1, 2");
-    assert!(hello::list(&(0..30).collect::<Vec<_>>()).ends_with("and 10 more"));
+    assert_eq!(list(&[3]), "rank 3");
+    assert_eq!(list(&[1, 2]), "ranks 1, 2");
+    assert!(list(&(0..30).collect::<Vec<_>>()).ends_with("and 10 more"));
 }

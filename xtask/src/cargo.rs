@@ -20,21 +20,7 @@ pub(crate) fn cargo() -> Command {
     if ours.is_some() && ours == env::var_os("LIBTORCH").map(PathBuf::from) {
         cargo.env_remove("LIBTORCH");
     }
-    if !reads_includes() && root.join(record::FILE).is_file() {
-        cargo.arg("--config").arg(root.join(record::FILE));
-    }
     cargo
-}
-
-/// cargo 1.94 and newer follow `include` in `.cargo/config.toml`.
-fn reads_includes() -> bool {
-    let output =
-        Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into())).arg("--version").output();
-    let text = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
-    let mut numbers =
-        text.split_whitespace().nth(1).unwrap_or_default().split('.').map(|number| number.parse().ok());
-    let (Some(Some(major)), Some(Some(minor))) = (numbers.next(), numbers.next()) else { return true };
-    (major, minor) >= (1u32, 94u32)
 }
 
 /// Runs it to its end; a failure is an error that names the command.

@@ -56,6 +56,17 @@ pub(crate) fn read(root: &Path) -> Option<PathBuf> {
     Some(PathBuf::from(value.replace("\\\"", "\"").replace("\\\\", "\\")))
 }
 
+/// Whether a file holds such lines and nothing else: then nothing of a user's is lost with it.
+pub(crate) fn is_ours(text: &str) -> bool {
+    let ours = |line: &str| {
+        line.is_empty()
+            || line == "[env]"
+            || line == PROVIDED
+            || ["LIBTORCH = ", "TCH_DISTRIBUTED_NVIDIA = "].iter().any(|key| line.starts_with(key))
+    };
+    text.contains(PROVIDED) && text.lines().all(ours)
+}
+
 /// Whether the record's libtorch is one that we provided, and not one that the user named when it was written.
 pub(crate) fn is_provided(root: &Path) -> bool {
     fs::read_to_string(root.join(FILE)).is_ok_and(|text| text.contains(PROVIDED))
@@ -64,6 +75,14 @@ pub(crate) fn is_provided(root: &Path) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_a_file_without_lines_of_the_users_is_ours() {
+        let provided = text(&Libtorch::Provisioned("/cache".into()), None);
+        assert!(is_ours(&provided));
+        assert!(!is_ours(&format!("{provided}\n[build]\njobs = 1\n")));
+        assert!(!is_ours(&text(&Libtorch::Users("/opt/libtorch".into()), None)));
+    }
 
     #[test]
     fn what_is_recorded_is_read_back() {

@@ -78,7 +78,7 @@ fn tell(folder: &Path, lines: &str) -> Result<()> {
     let path = folder.join(".cargo/config.toml");
     match fs::read_to_string(&path) {
         Ok(old) if old == lines => return Ok(()),
-        Ok(old) if !old.contains(record::PROVIDED) => {
+        Ok(old) if !record::is_ours(&old) => {
             bail!("{} is there already; add these lines to it:\n{lines}", path.display())
         }
         _ => {}

@@ -9,6 +9,7 @@ use once_cell::sync::Lazy;
 use serde::{Deserialize, Serialize};
 
 use crate::backend::BackendContext;
+use crate::rendezvous::{list, patience::Patience};
 use crate::store::Store;
 use crate::{Error, Result};
 
@@ -50,6 +51,11 @@ fn host() -> String {
     format!("{} {}", boot.trim(), namespaces.join(" "))
 }
 
+/// How long a wait lasts before it looks whether it is still worth it.
+const SLICE: Duration = Duration::from_secs(1);
+/// Why a rank gave the group up, for those who wait for it.
+const GIVEN_UP: &str = "native/given-up";
+
 /// One rank's side of the meeting.
 pub(super) struct Meeting {
     store: Arc<dyn Store>,
@@ -89,12 +95,7 @@ impl Meeting {
         self.store.set(&key(self.rank), &bytes)?;
         let keys: Vec<String> = (0..self.size).map(key).collect();
         let names: Vec<&str> = keys.iter().map(String::as_str).collect();
-        let left = self.deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
-        if let Err(error) = self.store.wait(&names, left) {
-            let missing: Vec<usize> =
-                (0..self.size).filter(|&r| !self.store.check(&[&keys[r]]).unwrap_or(true)).collect();
-            return Err(if missing.is_empty() { error } else { self.timeout(missing) });
-        }
+        self.await_all(&names, &|rank| rank)?;
         names
             .iter()
             .map(|name| {
@@ -104,6 +105,54 @@ impl Meeting {
                 })
             })
             .collect()
+    }
+
+    /// Waits for keys, each left by a rank that `whose` names; says after a while who is missing.
+    ///
+    /// # Errors
+    /// `Timeout` naming the ranks that did not; `Rendezvous` when one of them has given up; what the store fails
+    /// with.
+    fn await_all(&self, keys: &[&str], whose: &dyn Fn(usize) -> usize) -> Result<()> {
+        let mut patience = Patience::new(self.deadline.saturating_duration_since(Instant::now()));
+        loop {
+            let slice = SLICE.min(patience.left()).max(Duration::from_millis(1));
+            let Err(error) = self.store.wait(keys, slice) else { return Ok(()) };
+            let mut missing = Vec::new();
+            for (i, key) in keys.iter().enumerate() {
+                if !self.store.check(&[key])? {
+                    missing.push(whose(i));
+                }
+            }
+            if missing.is_empty() {
+                // They came just now, or the store has another complaint.
+                return self.store.wait(keys, slice).map_err(|_| error);
+            }
+            if self.store.check(&[GIVEN_UP])? {
+                let reason = self.store.get(GIVEN_UP)?;
+                return Err(self.failed(&String::from_utf8_lossy(&reason)));
+            }
+            patience.speak(|| format!("{} of group {}", list(&missing), self.group));
+            if patience.left().is_zero() {
+                return Err(self.timeout(missing));
+            }
+        }
+    }
+
+    /// What rank `from` leaves at a key.
+    pub(super) fn get(&self, key: &str, from: usize) -> Result<Vec<u8>> {
+        self.await_all(&[key], &|_| from)?;
+        self.store.get(key)
+    }
+
+    /// Tells the ranks that wait for this one that it does not come.
+    pub(super) fn give_up(&self, reason: &Error) {
+        if matches!(reason, Error::Timeout { .. }) {
+            return; // they find out themselves, and name the rank
+        }
+        let words = format!("rank {} gave up: {reason}", self.rank);
+        if let Err(error) = self.store.compare_set(GIVEN_UP, b"", words.as_bytes()) {
+            tracing::debug!("cannot tell the other ranks that the group is not to be: {error}");
+        }
     }
 
     /// That some ranks did not come in time.

@@ -74,6 +74,19 @@ pub fn create_over(context: BackendContext, transport: &str) -> Result<Arc<dyn C
 /// The same, with the transport forced, or not.
 fn create_with(context: BackendContext, forced: Option<String>) -> Result<Arc<dyn CollectiveBackend>> {
     let meeting = Meeting::new(&context);
+    let made = create_at(&meeting, &context, forced);
+    if let Err(error) = &made {
+        meeting.give_up(error);
+    }
+    made
+}
+
+/// The same, at a meeting of the ranks.
+fn create_at(
+    meeting: &Meeting,
+    context: &BackendContext,
+    forced: Option<String>,
+) -> Result<Arc<dyn CollectiveBackend>> {
     let all = meeting.hello(forced.clone(), Tuning::THREADS.digest() ^ Tuning::SOCKETS.digest())?;
     let one_process = all.iter().all(|h| h.process == all[0].process);
     let one_host = all.iter().all(|h| h.host == all[0].host);
@@ -82,23 +95,23 @@ fn create_with(context: BackendContext, forced: Option<String>) -> Result<Arc<dy
         Some("threads") if !one_process => {
             Err(unavailable("TCH_DISTRIBUTED_TRANSPORT=threads, but ranks are processes"))
         }
-        Some("threads") => threads(&context, &meeting, token),
-        None if one_process => threads(&context, &meeting, token),
+        Some("threads") => threads(context, meeting, token),
+        None if one_process => threads(context, meeting, token),
         Some("shm" | "unix") if !one_host => Err(unavailable(
             "TCH_DISTRIBUTED_TRANSPORT names a transport of one host, but ranks are on several",
         )),
-        Some("shm") => shared(&context, &meeting, token),
-        Some("unix") => sockets(&context, &meeting, token, true, true),
-        Some("tcp") => sockets(&context, &meeting, token, false, one_host),
-        None if one_host => match shared(&context, &meeting, token) {
+        Some("shm") => shared(context, meeting, token),
+        Some("unix") => sockets(context, meeting, token, true, true),
+        Some("tcp") => sockets(context, meeting, token, false, one_host),
+        None if one_host => match shared(context, meeting, token) {
             // All ranks or none: they have voted.
             Err(Error::BackendUnavailable { reason, .. }) => {
                 tracing::warn!(reason, "falling back to unix sockets");
-                sockets(&context, &meeting, token, true, true)
+                sockets(context, meeting, token, true, true)
             }
             other => other,
         },
-        None => sockets(&context, &meeting, token, false, false),
+        None => sockets(context, meeting, token, false, false),
         Some(other) => Err(unavailable(&format!(
             "TCH_DISTRIBUTED_TRANSPORT={other:?}: known are threads, shm, unix and tcp"
         ))),
@@ -125,7 +138,7 @@ fn threads(context: &BackendContext, meeting: &Meeting, token: u128) -> Result<A
 /// Ranks on one host that share memory; control and messages go through unix sockets.
 fn shared(context: &BackendContext, meeting: &Meeting, token: u128) -> Result<Arc<dyn CollectiveBackend>> {
     let (rank, world) = (context.rank, context.size);
-    let transport = Arc::new(shm::connect(context)?);
+    let transport = Arc::new(shm::connect(context, meeting)?);
     let control = [tcp::Channel::Control];
     let mut sockets = tcp::connect(meeting, rank, world, token, &control, true, true)?;
     let bulk = transport.bulk();

@@ -3,7 +3,6 @@
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Instant;
 use std::{fmt, io};
 
 use rustix::fs::{Mode, OFlags};
@@ -12,6 +11,7 @@ use super::door::Door;
 use super::segment::{Layout, Segment};
 use super::{Inner, SharedMemory};
 use crate::backend::BackendContext;
+use crate::backend::native::meet::Meeting;
 use crate::{Error, Result};
 
 /// The most staging memory of a process, over all its groups.
@@ -68,35 +68,20 @@ pub(super) fn affordable(ranks: usize) -> usize {
 ///
 /// # Errors
 /// `BackendUnavailable`, on all ranks, when one of them cannot map the memory, or has too many groups with slots
-/// already: then another transport is needed. What the store fails with.
-pub(crate) fn connect(context: &BackendContext) -> Result<SharedMemory> {
-    let deadline = Instant::now() + context.timeout;
-    let get = |key: &str| {
-        context.store.wait(&[key], deadline.saturating_duration_since(Instant::now()))?;
-        context.store.get(key)
-    };
+/// already: then another transport is needed. What the meeting fails with.
+pub(crate) fn connect(context: &BackendContext, meeting: &Meeting) -> Result<SharedMemory> {
     let ranks = context.size;
     // What this rank can afford, and the name of its door: none where it has none.
     let name = format!("tch-distributed/{:x}{:x}", nonce(), nonce());
     let door = Door::new(&name).ok();
-    let offer = format!("{} {}", affordable(ranks), if door.is_some() { &name } else { "" });
-    context.store.set(&format!("shm/offer/{}", context.rank), offer.as_bytes())?;
-    let mut chunk = CHUNK_MOST;
-    let mut names = Vec::with_capacity(ranks);
-    for r in 0..ranks {
-        let offer = String::from_utf8_lossy(&get(&format!("shm/offer/{r}"))?).into_owned();
-        let (size, name) = offer.split_once(' ').unwrap_or_default();
-        chunk = chunk.min(size.parse().unwrap_or(0));
-        if chunk < CHUNK_LEAST {
-            let used = "has used up its memory for slots with other groups";
-            return Err(Error::BackendUnavailable {
-                backend: "native".to_owned(),
-                reason: format!("ranks cannot share memory: rank {r} {used} (32 MiB a process)"),
-            });
-        }
-        names.push(name.to_owned());
+    let offers = meeting.exchange("shm/offer", &(affordable(ranks), door.is_some().then_some(name)))?;
+    if let Some(rank) = offers.iter().position(|(chunk, _)| *chunk < CHUNK_LEAST) {
+        let used = "has used up its memory for slots with other groups";
+        return Err(unavailable(&format!("rank {rank} {used} (32 MiB a process)")));
     }
-    let doors = door.filter(|_| names.iter().all(|n| !n.is_empty())).and_then(|d| d.among(&names).ok());
+    let chunk = offers.iter().fold(CHUNK_MOST, |least, (chunk, _)| least.min(*chunk));
+    let names: Option<Vec<String>> = offers.into_iter().map(|(_, name)| name).collect();
+    let doors = door.zip(names).and_then(|(door, names)| door.among(&names).ok());
     // The leader's descriptor stays open until everybody has had the chance to open it.
     let (attempt, _descriptor) = if context.rank == 0 {
         let layout = Layout::new(ranks, chunk);
@@ -114,30 +99,24 @@ pub(crate) fn connect(context: &BackendContext) -> Result<SharedMemory> {
             }
         }
     } else {
-        (open(ranks, &get("shm/segment")?), None)
+        (open(ranks, &meeting.get("shm/segment", 0)?), None)
     };
-    // All or none: the last to vote counts.
-    if let Err(reason) = &attempt {
-        context.store.set("shm/refusal", format!("rank {}: {reason}", context.rank).as_bytes())?;
-        context.store.add("shm/refused", 1)?;
-    }
-    if context.store.add("shm/voted", 1)? == ranks as i64 {
-        let verdict = match context.store.add("shm/refused", 0)? {
-            0 => Vec::new(),
-            _ => get("shm/refusal")?,
-        };
-        context.store.set("shm/verdict", &verdict)?;
-    }
-    let verdict = get("shm/verdict")?;
-    match attempt {
-        Ok(segment) if verdict.is_empty() => {
+    // All or none.
+    let refusal = attempt.as_ref().err().map(|reason| format!("rank {}: {reason}", context.rank));
+    let refusal = meeting.exchange("shm/refusal", &refusal)?.into_iter().flatten().next();
+    match (attempt, refusal) {
+        (Ok(segment), None) => {
             let reserved = Reserved::new(Layout::staging(ranks, segment.layout.chunk));
             Ok(SharedMemory { inner: Arc::new(Inner::new(segment, context.rank, doors, reserved)) })
         }
-        _ => Err(Error::BackendUnavailable {
-            backend: "native".to_owned(),
-            reason: format!("ranks cannot share memory: {}", String::from_utf8_lossy(&verdict)),
-        }),
+        (_, refusal) => Err(unavailable(&refusal.unwrap_or_default())),
+    }
+}
+
+fn unavailable(reason: &str) -> Error {
+    Error::BackendUnavailable {
+        backend: "native".to_owned(),
+        reason: format!("ranks cannot share memory: {reason}"),
     }
 }
 

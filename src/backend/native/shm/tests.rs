@@ -9,6 +9,7 @@ use tch::{Device, Kind, Tensor};
 use super::connect::{Reserved, affordable, connect};
 use super::segment::{Layout, Segment};
 use super::{Inner, SharedMemory};
+use crate::backend::native::meet::Meeting;
 use crate::backend::native::stamp::fingerprint;
 use crate::backend::native::transport::{Progress, Stamp, Transport};
 use crate::backend::{BackendContext, Buffer, Call, Op};
@@ -402,7 +403,8 @@ fn the_slots_of_all_groups_of_a_process_take_at_most_32_mib() {
 fn ranks_that_meet_in_a_store_share_memory() {
     let contexts = contexts(3);
     let ranks: Vec<_> = thread::scope(|scope| {
-        let threads: Vec<_> = contexts.iter().map(|c| scope.spawn(|| connect(c).unwrap())).collect();
+        let threads: Vec<_> =
+            contexts.iter().map(|c| scope.spawn(|| connect(c, &Meeting::new(c)).unwrap())).collect();
         threads.into_iter().map(|t| t.join().unwrap()).collect()
     });
     on_all(&ranks, |me, rank| {
@@ -417,16 +419,14 @@ fn ranks_that_meet_in_a_store_share_memory() {
 fn if_one_rank_cannot_map_the_memory_all_ranks_are_told_why() {
     let contexts = contexts(3);
     // Somebody else's descriptor where the leader's should be: rank 0 is played by this thread.
-    let store = contexts[0].store.clone();
-    store.set("shm/offer/0", b"4096 ").unwrap();
-    store.set("shm/segment", format!("{} 0 4096 1", std::process::id()).as_bytes()).unwrap();
+    let played = Meeting::new(&contexts[0]);
+    let segment = format!("{} 0 4096 1", std::process::id());
+    contexts[0].store.set("shm/segment", segment.as_bytes()).unwrap();
     thread::scope(|scope| {
-        let threads: Vec<_> = contexts[1..].iter().map(|c| scope.spawn(|| connect(c))).collect();
-        assert!(store.add("shm/voted", 1).unwrap() <= 3);
-        if store.add("shm/voted", 0).unwrap() == 3 {
-            let verdict = store.get("shm/refusal").unwrap();
-            store.set("shm/verdict", &verdict).unwrap();
-        }
+        let connect = |c| scope.spawn(move || connect(c, &Meeting::new(c)));
+        let threads: Vec<_> = contexts[1..].iter().map(connect).collect();
+        played.exchange("shm/offer", &(4096_usize, None::<String>)).unwrap();
+        played.exchange("shm/refusal", &None::<String>).unwrap();
         for thread in threads {
             let Err(error) = thread.join().unwrap() else { panic!("mapped something") };
             assert!(matches!(error, Error::BackendUnavailable { .. }));

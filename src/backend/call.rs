@@ -160,6 +160,16 @@ impl<'a> Buffer<'a> {
         self
     }
 
+    /// A buffer of its own for the elements from `start` on.
+    pub(crate) fn part_of(&self, element: usize, start: usize, numel: usize) -> Buffer<'static> {
+        let whole = match &self.tensor {
+            Holder::Borrowed(t) => t,
+            Holder::Owned(t) => t,
+        };
+        let tensor = Holder::Owned(whole.shallow_clone());
+        Buffer { tensor, data: self.data, numel: self.numel, bytes: self.bytes }.slice(element, start, numel)
+    }
+
     fn with(tensor: Holder<'a>, facts: &Facts) -> Self {
         debug_assert!(facts.plain);
         Self { tensor, data: facts.data, numel: facts.numel, bytes: facts.numel * facts.element }

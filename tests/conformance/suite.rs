@@ -3,7 +3,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::time::Duration;
 
-use tch_distributed::backend::native;
+use tch_distributed::backend::{BackendContext, native};
 use tch_distributed::{
     InitOptions, ProcessGroup, destroy_process_group, init_process_group, is_backend_available,
     register_backend, testing,
@@ -21,6 +21,10 @@ fn know_our_own() {
         // Another test of this process may have been first.
         let _ = register_backend("native-tcp", |context| native::create_over(context, "tcp"));
         let _ = register_backend("native-unix", |context| native::create_over(context, "unix"));
+        // Pretends that ranks of even and of odd numbers are on two hosts.
+        let _ = register_backend("native-hosts", |context: BackendContext| {
+            native::Options::new().host(format!("host {}", context.rank % 2)).create(context)
+        });
         let _ = register_backend("compressing", custom_backend::create);
         let _ = register_backend("plain", plain_backend::create);
     }

@@ -6,10 +6,10 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 
 use crate::cargo::{cargo, run as execute};
-use crate::{setup, test};
+use crate::{hosts, setup, test};
 
 pub(crate) const ABOUT: &str =
-    "All checks: format, lints, documentation, tests with every example, nccl (`hosts` and `interop` apart)";
+    "All checks: format, lints, documentation, tests with every example, two hosts, nccl (`interop` apart)";
 
 type Step = (&'static str, fn() -> Result<()>);
 
@@ -19,6 +19,7 @@ const STEPS: &[Step] = &[
     ("documentation without libtorch", documentation_without_libtorch),
     ("set-up", || setup::run(&[])),
     ("tests", || test::run(&[])),
+    ("two hosts", hosts::step),
     ("lints", lints),
     ("documentation", documentation),
     ("nccl compiles and links", nccl),

@@ -1,61 +1,97 @@
 //! `cargo xtask hosts`: two hosts on one machine. Network namespaces joined by a virtual cable each run
-//! two ranks under `tchrun --nnodes 2`: the conformance suite between hosts, and a cable that is cut.
+//! two ranks under `tchrun --nnodes 2`: the conformance suite between hosts, its product over a slow
+//! cable, and a cable that is cut.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::cargo::{cargo, run as execute};
 use crate::setup;
 
-pub(crate) const ABOUT: &str =
-    "Run the conformance suite between two network namespaces (2 x 2 ranks), then cut
-the cable in the middle of it; needs root and iproute2";
+pub(crate) const ABOUT: &str = "Run the conformance suite between two network namespaces (2 x 2 ranks), its
+product over a slow cable, and cut the cable; needs root and iproute2";
 
 const TEST: &str = "whole::the_product_as_a_table";
-const PORT: &str = "29577";
-/// Ranks that lost each other know it after this at the latest.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// How long a run of the suite may take.
+const PATIENCE: Duration = Duration::from_secs(150);
+/// The time limit of calls where the cable is cut.
+const TIMEOUT: &str = "3";
+/// Ranks that lost each other know it, and their launchers have ended, this long after at the latest.
+const SOON: Duration = Duration::from_secs(40);
+/// What a slow cable is to `tc`: a wireless network's delay and rate.
+const SLOW: [&str; 5] = ["netem", "delay", "2ms", "rate", "400mbit"];
 
 pub(crate) fn run(_: &[String]) -> Result<()> {
-    ensure!(rustix::process::geteuid().is_root(), "network namespaces need root");
+    on(&Hosts::new()?)
+}
+
+/// The same as a step of CI: where namespaces cannot be made it says so.
+pub(crate) fn step() -> Result<()> {
+    match Hosts::new() {
+        Ok(hosts) => on(&hosts),
+        Err(error) => {
+            println!("NOT RUN: this machine cannot pretend to be two hosts: {error:#}");
+            Ok(())
+        }
+    }
+}
+
+fn on(hosts: &Hosts) -> Result<()> {
     setup::ensure()?;
     execute(cargo().args(["build", "--quiet", "--bin", "tchrun"]))?;
-    let program = test_program()?;
-    let tchrun = setup::root().join("target/debug/tchrun");
+    let programs = Programs { test: test_program()?, tchrun: setup::root().join("target/debug/tchrun") };
 
-    let hosts = Hosts::new()?;
     println!("the conformance suite, 2 hosts x 2 ranks");
-    let nodes = [0, 1].map(|node| hosts.start(node, &tchrun, &program, None));
-    for (node, child) in nodes.into_iter().enumerate() {
-        let output = child?.wait_with_output()?;
-        let text = String::from_utf8_lossy(&output.stdout);
-        ensure!(
-            output.status.success(),
-            "node {node} failed:\n{text}\n{}",
-            String::from_utf8_lossy(&output.stderr)
-        );
-        text.lines().filter(|line| line.starts_with("[rank 0] test result")).for_each(|l| println!("{l}"));
+    hosts.passes(&programs, &[("TCHD_CONFORMANCE_RANKS", "launched")])?;
+
+    match hosts.slow() {
+        Ok(()) => {
+            println!("every pair of factors, over a cable of 2 ms and 400 Mbit/s");
+            hosts.passes(&programs, &[("TCHD_CONFORMANCE_RANKS", "launched-product")])?;
+            hosts.fast()?;
+        }
+        Err(error) => println!("NOT RUN: a slow cable: {error:#}"),
     }
 
-    println!("its whole product, with the cable cut in the middle of it");
-    let nodes = [0, 1].map(|node| hosts.start(node, &tchrun, &program, Some("3")));
-    thread::sleep(Duration::from_secs(4));
+    println!("the whole product, with the cable cut in the middle of it");
+    cut(hosts, &programs)
+}
+
+/// What each node's ranks say of the others when the cable is cut.
+fn cut(hosts: &Hosts, programs: &Programs) -> Result<()> {
+    let variables = [("TCHD_CONFORMANCE_RANKS", "launched"), ("TCHD_CONFORMANCE_TIMEOUT", TIMEOUT)];
+    let nodes = [0, 1].map(|node| hosts.start(node, programs, &variables));
+    thread::sleep(Duration::from_secs(6));
     hosts.cut()?;
     for (node, child) in nodes.into_iter().enumerate() {
-        let output = ended(child?).with_context(|| format!("node {node} hangs behind the cut cable"))?;
-        let text = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+        let output =
+            ended(child?, SOON).with_context(|| format!("node {node} hangs behind the cut cable"))?;
+        let text = words(&output);
         ensure!(!output.status.success(), "node {node} ended well behind a cut cable:\n{text}");
         let said = text.lines().find(|line| line.contains("timed out") || line.contains("was lost"));
-        println!(
-            "node {node}: {}",
-            said.context(format!("node {node} does not say what happened:\n{text}"))?
+        let said = said.with_context(|| format!("node {node} does not say what happened:\n{text}"))?;
+        // The ranks of the other host, and only those, did not arrive.
+        let (there, here) = if node == 0 { (["2", "3"], ["0", "1"]) } else { (["0", "1"], ["2", "3"]) };
+        let names = said.split_once("rank").map_or("", |(_, names)| names);
+        let named = |rank: &str| names.split(|c: char| !c.is_ascii_digit()).any(|word| word == rank);
+        ensure!(
+            there.iter().any(|rank| named(rank))
+                && !here.iter().any(|rank| said.contains(&format!("rank {rank} did"))),
+            "node {node} names the wrong ranks: {said}"
         );
+        println!("node {node}: {}", said.trim());
     }
     Ok(())
+}
+
+/// What is run on each host.
+struct Programs {
+    test: PathBuf,
+    tchrun: PathBuf,
 }
 
 /// Builds the conformance test and finds its program.
@@ -76,33 +112,65 @@ fn test_program() -> Result<PathBuf> {
     Ok(PathBuf::from(path))
 }
 
-/// Waits for the end, but not for ever.
-fn ended(mut child: Child) -> Result<Output> {
-    let step = Duration::from_millis(100);
-    let mut waited = Duration::ZERO;
-    while child.try_wait()?.is_none() {
-        if waited > PATIENCE {
-            child.kill()?;
-            bail!(
-                "no end after {PATIENCE:?}:\n{}",
-                String::from_utf8_lossy(&child.wait_with_output()?.stderr)
-            );
+fn words(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr)
+}
+
+/// Waits for the end, but not for ever. The output is read meanwhile: a full pipe stops who writes.
+fn ended(mut child: Child, limit: Duration) -> Result<Output> {
+    let start = Instant::now();
+    let id = rustix::process::Pid::from_child(&child);
+    let (mut out, mut err) = (child.stdout.take(), child.stderr.take());
+    let reader = |pipe: &mut dyn std::io::Read| {
+        let mut bytes = Vec::new();
+        // What could not be read is missing in a message.
+        let _ = pipe.read_to_end(&mut bytes);
+        bytes
+    };
+    thread::scope(|scope| {
+        let stdout = scope.spawn(|| out.as_mut().map(|p| reader(p)).unwrap_or_default());
+        let stderr = scope.spawn(|| err.as_mut().map(|p| reader(p)).unwrap_or_default());
+        let mut late = false;
+        let status = loop {
+            if let Some(status) = child.try_wait()? {
+                break status;
+            }
+            if start.elapsed() > limit && !late {
+                late = true;
+                // The launcher ends its ranks.
+                rustix::process::kill_process(id, rustix::process::Signal::TERM)?;
+            }
+            if start.elapsed() > limit + Duration::from_secs(20) {
+                child.kill()?;
+            }
+            thread::sleep(Duration::from_millis(50));
+        };
+        let output = Output {
+            status,
+            stdout: stdout.join().unwrap_or_default(),
+            stderr: stderr.join().unwrap_or_default(),
+        };
+        if late {
+            bail!("no end after {limit:?}:\n{}", words(&output));
         }
-        thread::sleep(step);
-        waited += step;
-    }
-    Ok(child.wait_with_output()?)
+        Ok(output)
+    })
 }
 
 /// Two namespaces and the cable between them; gone when dropped.
 struct Hosts {
     names: [String; 2],
+    /// Where the ranks meet on the first host.
+    port: u16,
 }
 
 impl Hosts {
     fn new() -> Result<Self> {
+        ensure!(rustix::process::geteuid().is_root(), "network namespaces need root");
         let id = std::process::id();
-        let hosts = Self { names: [format!("tchd-a-{id}"), format!("tchd-b-{id}")] };
+        // A port of this run's own: the namespaces are, but for what a failed run left.
+        let port = 20_000 + (id % 10_000) as u16;
+        let hosts = Self { names: [format!("tchd-a-{id}"), format!("tchd-b-{id}")], port };
         let [a, b] = &hosts.names;
         for name in [a, b] {
             ip(&["netns", "add", name])?;
@@ -116,28 +184,61 @@ impl Hosts {
         Ok(hosts)
     }
 
+    /// Runs the test on both hosts to a good end.
+    fn passes(&self, programs: &Programs, variables: &[(&str, &str)]) -> Result<()> {
+        let start = Instant::now();
+        let nodes = [0, 1].map(|node| self.start(node, programs, variables));
+        let mut bad = Vec::new();
+        let outputs = thread::scope(|scope| {
+            nodes.map(|child| scope.spawn(move || ended(child?, PATIENCE))).map(|waiter| {
+                match waiter.join() {
+                    Ok(output) => output,
+                    Err(_) => bail!("a waiter panicked"),
+                }
+            })
+        });
+        for (node, output) in outputs.into_iter().enumerate() {
+            let output = output.with_context(|| format!("node {node}"))?;
+            let text = words(&output);
+            if !output.status.success() {
+                bad.push(format!("node {node} failed:\n{text}"));
+            }
+            text.lines().filter(|line| line.contains("test result")).for_each(|line| println!("{line}"));
+        }
+        ensure!(bad.is_empty(), "{}", bad.join("\n"));
+        println!("{:.1} s", start.elapsed().as_secs_f64());
+        Ok(())
+    }
+
     /// Two ranks on one of the hosts.
-    fn start(
-        &self,
-        node: usize,
-        tchrun: &PathBuf,
-        program: &PathBuf,
-        timeout: Option<&str>,
-    ) -> Result<Child> {
+    fn start(&self, node: usize, programs: &Programs, variables: &[(&str, &str)]) -> Result<Child> {
         let node_rank = node.to_string();
         Command::new("ip")
             .args(["netns", "exec", &self.names[node]])
-            .arg(tchrun)
+            .arg(&programs.tchrun)
             .args(["--nnodes", "2", "--node-rank", &node_rank, "--nproc-per-node", "2"])
-            .args(["--master-addr", "10.231.7.1", "--master-port", PORT])
-            .arg(program)
+            .args(["--master-addr", "10.231.7.1", "--master-port", &self.port.to_string()])
+            .arg(Path::new(&programs.test))
             .args(["--exact", TEST, "--nocapture"])
-            .env("TCHD_CONFORMANCE_RANKS", "launched")
-            .envs(timeout.map(|seconds| ("TCHD_CONFORMANCE_TIMEOUT", seconds)))
+            .envs(variables.iter().copied())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
             .context("`ip netns exec` does not start: is iproute2 installed?")
+    }
+
+    /// Makes the cable slow, both ways.
+    fn slow(&self) -> Result<()> {
+        self.names.iter().try_for_each(|name| {
+            let words = ["-n", name, "qdisc", "add", "dev", "cable", "root"];
+            tool("tc", &[&words[..], &SLOW].concat())
+        })
+    }
+
+    fn fast(&self) -> Result<()> {
+        self.names
+            .iter()
+            .try_for_each(|name| tool("tc", &["-n", name, "qdisc", "del", "dev", "cable", "root"]))
     }
 
     fn cut(&self) -> Result<()> {
@@ -155,12 +256,18 @@ impl Drop for Hosts {
 }
 
 fn ip(arguments: &[&str]) -> Result<()> {
-    let output =
-        Command::new("ip").args(arguments).output().context("`ip` does not start: is iproute2 installed?")?;
+    tool("ip", arguments)
+}
+
+fn tool(name: &str, arguments: &[&str]) -> Result<()> {
+    let output = Command::new(name)
+        .args(arguments)
+        .output()
+        .with_context(|| format!("`{name}` does not start: is iproute2 installed?"))?;
     let words = arguments.join(" ");
     ensure!(
         output.status.success(),
-        "`ip {words}` failed: {}",
+        "`{name} {words}` failed: {}",
         String::from_utf8_lossy(&output.stderr).trim()
     );
     Ok(())

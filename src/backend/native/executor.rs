@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 use smallvec::SmallVec;
+use tch::Kind;
 
 use super::kernels::{Operand, Reducer};
 use super::link::{Head, Lent, Links};
@@ -12,7 +13,7 @@ use super::memory::{self, Cursor, Memory, Piece, Pieces, Scratch};
 use super::plan::{self, Action, Place, Plan, Range, Shape, StepId, Tuning};
 use super::stamp;
 use super::transport::{Progress, Run, Stamp};
-use crate::backend::{Call, segment_numel};
+use crate::backend::{Call, Op, segment_numel};
 use crate::{Error, ReduceOp, Result};
 
 /// What the runs of a group share: its links, and scratch memory from one run to the next.
@@ -30,13 +31,40 @@ impl<L> Wiring<L> {
     }
 }
 
+/// Whether partial results of an operation on a kind are of a wider kind, to be rounded once.
+pub(crate) fn is_wide(op: Op, kind: Kind) -> bool {
+    let exact = matches!(op.reduce_op(), None | Some(ReduceOp::Min | ReduceOp::Max));
+    !exact && matches!(kind, Kind::Half | Kind::BFloat16)
+}
+
+/// How to combine operands.
+#[derive(Clone, Copy)]
+struct Reducers {
+    /// Partial results.
+    middle: Reducer,
+    /// The result.
+    finish: Reducer,
+}
+
+impl Reducers {
+    fn new(op: ReduceOp, kind: Kind, world: usize) -> Result<Self> {
+        let reducer = |op| {
+            Reducer::new(op, kind, world)
+                .map_err(|what| Error::Unsupported { backend: "native".to_owned(), what })
+        };
+        // An average is divided once, at the end.
+        let middle = if op == ReduceOp::Avg { ReduceOp::Sum } else { op };
+        Ok(Self { finish: reducer(op)?, middle: reducer(middle)? })
+    }
+}
+
 /// One plan in execution.
 pub(crate) struct Executor<'a, L: Links> {
     wiring: Arc<Wiring<L>>,
     memory: Memory<'a>,
     plan: Plan,
     stamp: Stamp,
-    reducer: Option<Reducer>,
+    reducer: Option<Reducers>,
     size: usize,
     factor: f64,
     /// For each step, how many others it still waits for.
@@ -76,27 +104,35 @@ struct Slot<T> {
 
 impl<'a, L: Links> Executor<'a, L> {
     pub(crate) fn new(wiring: Arc<Wiring<L>>, call: Call<'a>, stamp: Stamp) -> Result<Self> {
+        let shape = Shape {
+            op: call.op,
+            rank: wiring.rank,
+            world: wiring.world,
+            size: call.kind.elt_size_in_bytes(),
+            wide: is_wide(call.op, call.kind),
+            inputs: call.inputs.iter().map(|s| segment_numel(s)).collect(),
+            outputs: call.outputs.iter().map(|s| segment_numel(s)).collect(),
+        };
+        let plan = plan::plan(&shape, &wiring.tuning);
+        Self::with_plan(wiring, call, stamp, plan)
+    }
+
+    /// Runs a plan that was made elsewhere, on the buffers of a call.
+    pub(crate) fn with_plan(
+        wiring: Arc<Wiring<L>>,
+        call: Call<'a>,
+        stamp: Stamp,
+        plan: Plan,
+    ) -> Result<Self> {
         let size = call.kind.elt_size_in_bytes();
         let reducer = match call.op.reduce_op() {
-            Some(op) => Some(
-                Reducer::new(op, call.kind, wiring.world)
-                    .map_err(|what| Error::Unsupported { backend: "native".to_owned(), what })?,
-            ),
+            Some(op) => Some(Reducers::new(op, call.kind, wiring.world)?),
             None => None,
         };
         let factor = match call.op.reduce_op() {
             Some(ReduceOp::PremulSum(factor)) => factor,
             _ => 1.0,
         };
-        let shape = Shape {
-            op: call.op,
-            rank: wiring.rank,
-            world: wiring.world,
-            size,
-            inputs: call.inputs.iter().map(|s| segment_numel(s)).collect(),
-            outputs: call.outputs.iter().map(|s| segment_numel(s)).collect(),
-        };
-        let plan = plan::plan(&shape, &wiring.tuning);
         let mut scratch = std::mem::take(&mut *wiring.scratch.lock());
         let stride = |len: usize| (len * size).next_multiple_of(64);
         let mut at = scratch.reserve(plan.slots.iter().map(|&len| stride(len)).sum());
@@ -229,12 +265,13 @@ impl<'a, L: Links> Executor<'a, L> {
             if self.waits[id] > 0 {
                 break;
             }
-            let Action::Recv { into, .. } = self.plan.steps[id].action else { unreachable!() };
+            let Action::Recv { into, lend, .. } = self.plan.steps[id].action else { unreachable!() };
+            let bytes = into.len * self.size;
             let Some(head) = links.peek(from)? else { break };
-            self.check(from, &head, into.len)?;
+            self.check(from, &head, bytes)?;
             if let Some(lent) = links.take(from) {
                 match into.place {
-                    Place::Slot(n) if into.len > 0 => self.slots[n].lent = Some(lent),
+                    Place::Slot(n) if lend => self.slots[n].lent = Some(lent),
                     _ => {
                         let pieces = lent.hold().ok_or(Error::Aborted)?;
                         // SAFETY: held until released; the destination is this call's own.
@@ -246,7 +283,7 @@ impl<'a, L: Links> Executor<'a, L> {
                 let n = links.read(from, &self.pieces(into), self.peers[from].read)?;
                 moved |= n > 0;
                 self.peers[from].read += n;
-                if self.peers[from].read < into.len * self.size {
+                if self.peers[from].read < bytes {
                     break;
                 }
                 self.peers[from].read = 0;
@@ -262,10 +299,10 @@ impl<'a, L: Links> Executor<'a, L> {
     }
 
     /// Compares what came with what this rank is doing.
-    fn check(&self, from: usize, head: &Head, len: usize) -> Result<()> {
+    fn check(&self, from: usize, head: &Head, bytes: usize) -> Result<()> {
         let ours = self.stamp;
         let differs = head.seq != ours.seq || head.fingerprint != ours.fingerprint;
-        if !differs && head.len == (len * self.size) as u64 {
+        if !differs && head.len == bytes as u64 {
             return Ok(());
         }
         let (theirs, ours) = if head.seq != ours.seq {
@@ -277,7 +314,7 @@ impl<'a, L: Links> Executor<'a, L> {
             (stamp::words(head.fingerprint), stamp::words(ours.fingerprint))
         } else {
             let name = stamp::op_name(ours.fingerprint);
-            let elements = head.len / self.size.max(1) as u64;
+            let (elements, len) = (head.len / self.size.max(1) as u64, bytes / self.size.max(1));
             (
                 format!("{name} with {elements} elements for rank {}", self.wiring.rank),
                 format!("{name} with {len} elements from rank {from}"),
@@ -330,22 +367,25 @@ impl<'a, L: Links> Executor<'a, L> {
     }
 
     fn combine(&mut self, into: Range, operands: &[Range]) -> Result<()> {
-        let reducer = self.reducer.unwrap_or_else(|| unreachable!("only reductions have Reduce steps"));
+        let reducers = self.reducer.unwrap_or_else(|| unreachable!("only reductions have Reduce steps"));
+        let reducer = if into.partial { reducers.middle } else { reducers.finish };
         let mut sources = SmallVec::<[(Pieces, f64); 8]>::new();
         let mut withdrawn = false;
         let mut held = SmallVec::<[usize; 8]>::new();
         for &operand in operands {
+            // What is partial has been multiplied already.
+            let factor = |factor: f64| if operand.partial { 1.0 } else { factor };
             let Place::Slot(n) = operand.place else {
-                sources.push((self.pieces(operand), self.factor));
+                sources.push((self.pieces(operand), factor(self.factor)));
                 continue;
             };
             let slot = &self.slots[n];
             match &slot.lent {
-                None => sources.push((self.pieces(operand), slot.factor)),
+                None => sources.push((self.pieces(operand), factor(slot.factor))),
                 Some(lent) => match lent.hold() {
                     Some(pieces) => {
                         held.push(n);
-                        sources.push((Pieces::from_slice(pieces), slot.factor));
+                        sources.push((Pieces::from_slice(pieces), factor(slot.factor)));
                     }
                     None => withdrawn = true,
                 },

@@ -8,13 +8,14 @@ use std::time::{Duration, Instant};
 use once_cell::sync::Lazy;
 use serde::{Deserialize, Serialize};
 
+use super::options::Options;
 use crate::backend::BackendContext;
 use crate::rendezvous::{list, patience::Patience};
 use crate::store::Store;
 use crate::{Error, Result};
 
 /// The version of everything ranks say to one another.
-pub(super) const VERSION: u32 = 1;
+pub(super) const VERSION: u32 = 2;
 
 /// A number of this process's own.
 static PROCESS: Lazy<u128> = Lazy::new(random);
@@ -27,6 +28,8 @@ pub(super) struct Hello {
     pub(super) process: u128,
     /// The host it is on, as far as shared memory and unix sockets are concerned.
     pub(super) host: String,
+    /// The machine it is on, as far as addresses are concerned.
+    pub(super) machine: String,
     /// A secret of the group: rank 0's counts. Who does not know it is turned away.
     pub(super) token: u128,
     /// The transport forced by its environment.
@@ -170,9 +173,17 @@ impl Meeting {
     }
 
     /// What all ranks say of themselves, compared.
-    pub(super) fn hello(&self, forced: Option<String>, tuning: u64) -> Result<Vec<Hello>> {
-        let ours =
-            Hello { version: VERSION, process: *PROCESS, host: host(), token: random(), forced, tuning };
+    pub(super) fn hello(&self, options: &Options, tuning: u64) -> Result<Vec<Hello>> {
+        let machine = host();
+        let ours = Hello {
+            version: VERSION,
+            process: *PROCESS,
+            host: options.host.clone().unwrap_or_else(|| machine.clone()),
+            machine,
+            token: random(),
+            forced: options.transport.clone(),
+            tuning,
+        };
         let all = self.exchange("hello", &ours)?;
         type What = fn(&Hello) -> String;
         let differs = |what: What, name: &str| {

@@ -10,11 +10,13 @@ mod control;
 mod diagnosis;
 mod engine;
 mod executor;
+mod hosts;
 pub(crate) mod kernels;
 mod ledger;
 mod link;
 mod meet;
 mod memory;
+mod options;
 mod p2p;
 mod plan;
 mod progress;
@@ -25,6 +27,8 @@ mod tcp;
 mod tests;
 mod threads;
 pub(crate) mod transport;
+
+pub use self::options::Options;
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -39,20 +43,21 @@ use self::kernels::Reducer;
 use self::ledger::Ledger;
 use self::meet::Meeting;
 use self::plan::Tuning;
+use self::plan::hosts::Layout;
 use self::transport::Transport;
 use super::{BackendContext, Call, CollectiveBackend, Completion, Op, Transfer};
+use crate::store::PrefixStore;
 use crate::{Error, Result};
 
 /// Makes the native backend for a group: threads of one process, processes of one host, or hosts,
 /// whichever the ranks turn out to be. An outside backend can wrap what it returns.
 ///
-/// `TCH_DISTRIBUTED_TRANSPORT` = `threads`, `shm`, `unix` or `tcp` forces one; all ranks have to agree.
+/// The environment chooses as [`Options`] says.
 ///
 /// # Errors
 /// `Timeout` naming the ranks that did not come, `Rendezvous` where they differ in version or settings.
 pub fn create(context: BackendContext) -> Result<Arc<dyn CollectiveBackend>> {
-    let forced = std::env::var("TCH_DISTRIBUTED_TRANSPORT").ok().filter(|s| !s.is_empty());
-    create_with(context, forced)
+    Options::new().create(context)
 }
 
 /// [`create`] over one transport, `threads`, `shm`, `unix` or `tcp`, whatever the environment says: a
@@ -68,13 +73,26 @@ pub fn create(context: BackendContext) -> Result<Arc<dyn CollectiveBackend>> {
 /// # Ok::<(), tch_distributed::Error>(())
 /// ```
 pub fn create_over(context: BackendContext, transport: &str) -> Result<Arc<dyn CollectiveBackend>> {
-    create_with(context, Some(transport.to_owned()))
+    Options::new().transport(transport).create(context)
 }
 
-/// The same, with the transport forced, or not.
-fn create_with(context: BackendContext, forced: Option<String>) -> Result<Arc<dyn CollectiveBackend>> {
+/// A group in the making.
+struct Plot<'a> {
+    context: &'a BackendContext,
+    meeting: &'a Meeting,
+    options: Options,
+    /// The tuning for threads and for sockets.
+    tuning: (Tuning, Tuning),
+    /// The group's secret.
+    token: u128,
+    layout: Layout,
+    /// Whether all ranks are on one machine, whatever they say of hosts.
+    one_machine: bool,
+}
+
+fn create_with(context: BackendContext, options: Options) -> Result<Arc<dyn CollectiveBackend>> {
     let meeting = Meeting::new(&context);
-    let made = create_at(&meeting, &context, forced);
+    let made = create_at(&meeting, &context, options);
     if let Err(error) = &made {
         meeting.give_up(error);
     }
@@ -85,33 +103,39 @@ fn create_with(context: BackendContext, forced: Option<String>) -> Result<Arc<dy
 fn create_at(
     meeting: &Meeting,
     context: &BackendContext,
-    forced: Option<String>,
+    options: Options,
 ) -> Result<Arc<dyn CollectiveBackend>> {
-    let all = meeting.hello(forced.clone(), Tuning::THREADS.digest() ^ Tuning::SOCKETS.digest())?;
-    let one_process = all.iter().all(|h| h.process == all[0].process);
-    let one_host = all.iter().all(|h| h.host == all[0].host);
-    let token = all[0].token;
+    let tuning = options.tuning()?;
+    let all = meeting.hello(&options, tuning.0.digest() ^ tuning.1.digest().rotate_left(1))?;
+    let hosts: Vec<&str> = all.iter().map(|h| h.host.as_str()).collect();
+    let layout = Layout::new(&hosts);
+    let one_host = layout.hosts.len() <= 1;
+    let one_process = one_host && all.iter().all(|h| h.process == all[0].process);
+    let one_machine = all.iter().all(|h| h.machine == all[0].machine);
+    let forced = options.transport.clone();
+    let plot = Plot { context, meeting, options, tuning, token: all[0].token, layout, one_machine };
     match forced.as_deref() {
         Some("threads") if !one_process => {
             Err(unavailable("TCH_DISTRIBUTED_TRANSPORT=threads, but ranks are processes"))
         }
-        Some("threads") => threads(context, meeting, token),
-        None if one_process => threads(context, meeting, token),
+        Some("threads") => plot.threads(),
+        None if one_process => plot.threads(),
         Some("shm" | "unix") if !one_host => Err(unavailable(
             "TCH_DISTRIBUTED_TRANSPORT names a transport of one host, but ranks are on several",
         )),
-        Some("shm") => shared(context, meeting, token),
-        Some("unix") => sockets(context, meeting, token, true, true),
-        Some("tcp") => sockets(context, meeting, token, false, one_host),
-        None if one_host => match shared(context, meeting, token) {
+        Some("shm") => plot.shared(),
+        Some("unix") => plot.sockets(&tcp::Listen::Local),
+        Some("tcp") => plot.sockets(&plot.wide()),
+        None if one_host => match plot.shared() {
             // All ranks or none: they have voted.
             Err(Error::BackendUnavailable { reason, .. }) => {
                 tracing::warn!(reason, "falling back to unix sockets");
-                sockets(context, meeting, token, true, true)
+                plot.sockets(&tcp::Listen::Local)
             }
             other => other,
         },
-        None => sockets(context, meeting, token, false, false),
+        None if plot.layout.is_deep() => plot.hosts(),
+        None => plot.sockets(&plot.wide()),
         Some(other) => Err(unavailable(&format!(
             "TCH_DISTRIBUTED_TRANSPORT={other:?}: known are threads, shm, unix and tcp"
         ))),
@@ -122,19 +146,107 @@ fn unavailable(reason: &str) -> Error {
     Error::BackendUnavailable { backend: "native".to_owned(), reason: reason.to_owned() }
 }
 
-/// Ranks as threads of this process.
-fn threads(context: &BackendContext, meeting: &Meeting, token: u128) -> Result<Arc<dyn CollectiveBackend>> {
-    let room = threads::Room::of(token, context.size);
-    let seat = Arc::new(threads::Seat::new(room.clone(), context.rank));
-    if !room.join(meeting.deadline().min(Instant::now() + threads::JOIN_GRACE)) {
-        return Err(meeting.failed("ranks said hello, but did not come into the group's room"));
+impl Plot<'_> {
+    fn wide(&self) -> tcp::Listen {
+        tcp::Listen::wide(self.options.interface.clone(), self.one_machine)
     }
-    let transport = Arc::new(threads::Threads::new(seat.clone()));
-    let ledger = seat.ledger();
-    let engine = Engine::new(context.rank, context.size, transport, seat as Arc<dyn Control>, ledger);
-    Ok(Arc::new(Native { engine }))
+
+    /// Ranks as threads of this process.
+    fn threads(&self) -> Result<Arc<dyn CollectiveBackend>> {
+        let BackendContext { rank, size, .. } = *self.context;
+        let room = threads::Room::of(self.token, size);
+        let seat = Arc::new(threads::Seat::new(room.clone(), rank));
+        if !room.join(self.meeting.deadline().min(Instant::now() + threads::JOIN_GRACE)) {
+            return Err(self.meeting.failed("ranks said hello, but did not come into the group's room"));
+        }
+        let transport = Arc::new(threads::Threads::new(seat.clone(), self.tuning.0));
+        let ledger = seat.ledger();
+        let engine = Engine::new(rank, size, transport, seat as Arc<dyn Control>, ledger);
+        Ok(Arc::new(Native { engine }))
+    }
+
+    /// Ranks on one host that share memory; control and messages go through unix sockets.
+    fn shared(&self) -> Result<Arc<dyn CollectiveBackend>> {
+        let transport = Arc::new(shm::connect(self.context, self.meeting)?);
+        let (_, control) = self.connect(&[tcp::Channel::Control], &tcp::Listen::Local, |_| false)?;
+        let bulk = transport.bulk();
+        self.engine(transport, control, Some(bulk))
+    }
+
+    /// Ranks that talk through sockets.
+    fn sockets(&self, at: &tcp::Listen) -> Result<Arc<dyn CollectiveBackend>> {
+        let (data, control) = self.connect(&[tcp::Channel::Data, tcp::Channel::Control], at, |_| true)?;
+        self.engine(Arc::new(tcp::Sockets::new(self.context.rank, self.tuning.1, data)?), control, None)
+    }
+
+    /// Ranks on several hosts that share memory on each; through sockets where they cannot.
+    fn hosts(&self) -> Result<Arc<dyn CollectiveBackend>> {
+        let BackendContext { rank, .. } = *self.context;
+        let (host, number) = self.layout.place(rank);
+        let neighbours = self.layout.neighbours(rank);
+        let local = match neighbours.len() {
+            1 => Ok(None),
+            size => {
+                let prefix = format!("native/host/{host}");
+                let store = Arc::new(PrefixStore::new(prefix, self.context.store.clone()));
+                let context = BackendContext { store, rank: number, size, ..self.context.clone() };
+                let meeting = Meeting::new(&context);
+                shm::connect(&context, &meeting).map(Some).map_err(|error| match error {
+                    Error::Timeout { op, seq, elapsed, missing } => {
+                        let missing = missing.into_iter().filter_map(|n| neighbours.get(n).copied()).collect();
+                        Error::Timeout { op, seq, elapsed, missing }
+                    }
+                    other => other,
+                })
+            }
+        };
+        // The ranks of a host have voted; now all hosts or none.
+        let refusal = match &local {
+            Ok(_) => None,
+            Err(Error::BackendUnavailable { reason, .. }) => Some(format!("rank {rank}: {reason}")),
+            Err(error) => return Err(error.duplicate()),
+        };
+        let refusals = self.meeting.exchange("hosts", &refusal)?;
+        let (Ok(local), None) = (local, refusals.into_iter().flatten().next()) else {
+            tracing::warn!("ranks of a host cannot share memory: all talk through sockets");
+            return self.sockets(&self.wide());
+        };
+        let channels = [tcp::Channel::Data, tcp::Channel::Control];
+        let apart = |peer: usize| self.layout.place(peer).0 != host;
+        let (data, control) = self.connect(&channels, &self.wide(), apart)?;
+        let away = tcp::Sockets::new(rank, self.tuning.1, data)?;
+        self.engine(Arc::new(hosts::Hosts::new(rank, self.layout.clone(), local, away)), control, None)
+    }
+
+    /// Data and control connections to the other ranks; of data only those that are wanted.
+    fn connect(
+        &self,
+        channels: &[tcp::Channel],
+        at: &tcp::Listen,
+        data: impl Fn(usize) -> bool,
+    ) -> Result<(Sockets, Sockets)> {
+        let BackendContext { rank, size, .. } = *self.context;
+        let mut sockets = tcp::connect(self.meeting, rank, size, self.token, channels, at, data)?;
+        let control = sockets.pop().unwrap_or_default();
+        Ok((sockets.pop().unwrap_or_default(), control))
+    }
+
+    /// An engine over a transport and control connections, `control[r]` to rank r; large messages go by
+    /// `bulk`, if there is such a way.
+    fn engine(
+        &self,
+        transport: Arc<dyn Transport>,
+        control: Sockets,
+        bulk: Option<Arc<dyn Bulk>>,
+    ) -> Result<Arc<dyn CollectiveBackend>> {
+        let BackendContext { rank, size, .. } = *self.context;
+        let ledger = Arc::new(Ledger::new());
+        let control = tcp::SocketControl::new(rank, control, bulk, ledger.clone())?;
+        Ok(Arc::new(Native { engine: Engine::new(rank, size, transport, control, ledger) }))
+    }
 }
 
+<<<<<<< HEAD
 /// Ranks on one host that share memory; control and messages go through unix sockets.
 fn shared(context: &BackendContext, meeting: &Meeting, token: u128) -> Result<Arc<dyn CollectiveBackend>> {
     let (rank, world) = (context.rank, context.size);
@@ -174,6 +286,10 @@ fn engine(
     let control = tcp::SocketControl::new(rank, control, bulk, ledger.clone())?;
     Ok(Arc::new(Native { engine: Engine::new(rank, world, transport, control, ledger) }))
 }
+=======
+/// A socket to each rank; `None` to this one.
+type Sockets = Vec<Option<OwnedFd>>;
+>>>>>>> c8616cd (Native: hierarchy over hosts, algorithms for many ranks, thresholds as options; two hosts in CI)
 
 /// The backend of one rank in one group.
 #[derive(Debug)]

@@ -16,7 +16,7 @@ pub(super) fn dissemination(shape: &Shape) -> Plan {
             None => &[],
         };
         plan.send((rank + distance) % world, nothing, after);
-        let came = plan.recv((rank + world - distance) % world, nothing, after);
+        let came = plan.recv_to_keep((rank + world - distance) % world, nothing, after);
         heard = Some(came);
         distance *= 2;
     }

@@ -8,9 +8,15 @@
 
 mod barrier;
 mod broadcast;
+mod doubling;
 mod exchange;
+mod gather;
+mod halving;
+pub(crate) mod hosts;
 mod moves;
 mod one_shot;
+#[cfg(test)]
+mod schedules;
 #[cfg(test)]
 mod simulate;
 mod table;
@@ -40,17 +46,24 @@ pub(crate) struct Range {
     pub(crate) place: Place,
     pub(crate) start: usize,
     pub(crate) len: usize,
+    /// Whether it holds partial results.
+    pub(crate) partial: bool,
 }
 
 impl Range {
     pub(crate) fn new(place: Place, start: usize, len: usize) -> Self {
-        Self { place, start, len }
+        Self { place, start, len, partial: false }
     }
 
     /// The part of it from `start` on.
     pub(crate) fn part(&self, start: usize, len: usize) -> Self {
         debug_assert!(start + len <= self.len);
-        Self { place: self.place, start: self.start + start, len }
+        Self { start: self.start + start, len, ..*self }
+    }
+
+    /// The same elements, as partial results.
+    fn unfinished(self) -> Self {
+        Self { partial: true, ..self }
     }
 }
 
@@ -59,10 +72,11 @@ impl Range {
 pub(crate) enum Action {
     /// Sends a message.
     Send { to: usize, what: Range },
-    /// Receives a message of exactly this length. Into a whole slot it may be lent, not copied: the
-    /// sender's step then ends when the slot has been reduced.
-    Recv { from: usize, into: Range },
-    /// Combines operands, in this order, and finishes. `into` may coincide with one of them.
+    /// Receives a message of exactly this length. What is read by one reduction and by nothing else may
+    /// be lent to its slot, not copied: the sender's step then ends when the slot has been reduced.
+    Recv { from: usize, into: Range, lend: bool },
+    /// Combines operands, in this order, and finishes where `into` is not partial. `into` may coincide
+    /// with one of them.
     Reduce { into: Range, operands: SmallVec<[Range; 4]> },
     /// Copies; the two may be the same memory.
     Copy { from: Range, into: Range },
@@ -98,8 +112,15 @@ impl Plan {
         self.add(Action::Send { to, what }, after)
     }
 
+    /// Receives; where that is into a slot, for one reduction to read.
     fn recv(&mut self, from: usize, into: Range, after: &[StepId]) -> StepId {
-        self.add(Action::Recv { from, into }, after)
+        let lend = matches!(into.place, Place::Slot(_)) && into.len > 0;
+        self.add(Action::Recv { from, into, lend }, after)
+    }
+
+    /// Receives what is passed on or copied.
+    fn recv_to_keep(&mut self, from: usize, into: Range, after: &[StepId]) -> StepId {
+        self.add(Action::Recv { from, into, lend: false }, after)
     }
 
     fn reduce(&mut self, into: Range, operands: SmallVec<[Range; 4]>, after: &[StepId]) -> StepId {
@@ -115,6 +136,11 @@ impl Plan {
         self.slots.push(len);
         Range::new(Place::Slot(self.slots.len() - 1), 0, len)
     }
+
+    /// A new scratch slot for partial results.
+    fn partial_slot(&mut self, len: usize) -> Range {
+        self.slot(len).unfinished()
+    }
 }
 
 /// What a plan is made for: one rank's view of a call.
@@ -125,6 +151,8 @@ pub(crate) struct Shape {
     pub(crate) world: usize,
     /// Bytes of an element.
     pub(crate) size: usize,
+    /// Whether partial results would be of a wider kind (f32 for sums of halves): then they do not travel.
+    pub(crate) wide: bool,
     /// Elements of each input segment.
     pub(crate) inputs: SmallVec<[usize; 4]>,
     /// Elements of each output segment.

@@ -1,25 +1,54 @@
 //! Executes the plans of all ranks in virtual time, in an order drawn at random.
 //!
-//! Elements are numbers that remember what was done to them: combining a and b gives 31 a + b, which
-//! tells the order of operands. A message is either copied when it is sent, as long as the link has
+//! Elements remember what was done to them: their sum, the order in which operands were combined, and
+//! whether that has been finished. A message is either copied when it is sent, as long as the link has
 //! room (sockets), or lent, and read as late as possible (threads).
 
 use std::collections::VecDeque;
 
 use super::{Action, Place, Plan, Range, StepId};
 
+/// What was done to an element.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum State {
+    /// A rank's own.
+    Raw,
+    /// Combined, not finished.
+    Partial,
+    /// A result.
+    Finished,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Element {
+    pub(super) sum: u64,
+    /// Combining a and b gives 31 a + b, which tells the order.
+    pub(super) order: u64,
+    pub(super) state: State,
+}
+
+impl Element {
+    pub(super) fn raw(value: u64) -> Self {
+        Self { sum: value, order: value, state: State::Raw }
+    }
+
+    fn blank() -> Self {
+        Self::raw(u64::MAX)
+    }
+}
+
 /// One rank's memory: inputs, outputs and slots.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Memory {
-    pub(super) inputs: Vec<Vec<u64>>,
-    pub(super) outputs: Vec<Vec<u64>>,
-    slots: Vec<Vec<u64>>,
+    pub(super) inputs: Vec<Vec<Element>>,
+    pub(super) outputs: Vec<Vec<Element>>,
+    pub(super) slots: Vec<Vec<Element>>,
     /// Whether input 0 is output 0.
     pub(super) in_place: bool,
 }
 
 impl Memory {
-    fn segment(&mut self, place: Place) -> &mut Vec<u64> {
+    fn segment(&mut self, place: Place) -> &mut Vec<Element> {
         match place {
             Place::Input(0) if self.in_place => &mut self.outputs[0],
             Place::Input(n) => &mut self.inputs[n],
@@ -28,25 +57,27 @@ impl Memory {
         }
     }
 
-    fn read(&mut self, range: Range) -> Vec<u64> {
+    pub(super) fn read(&mut self, range: Range) -> Vec<Element> {
         self.segment(range.place)[range.start..range.start + range.len].to_vec()
     }
 
-    fn write(&mut self, range: Range, data: &[u64]) {
+    pub(super) fn write(&mut self, range: Range, data: &[Element]) {
         assert_eq!(data.len(), range.len, "a message of another length than expected");
         self.segment(range.place)[range.start..range.start + range.len].copy_from_slice(data);
     }
 }
 
-/// Combines operands in the order given.
-pub(super) fn combine(operands: &[Vec<u64>]) -> Vec<u64> {
+/// Combines operands in the order given, and finishes or not.
+pub(super) fn combine(operands: &[Vec<Element>], state: State) -> Vec<Element> {
     let mut operands = operands.iter();
     let mut total = operands.next().cloned().unwrap_or_default();
     for operand in operands {
         for (t, o) in total.iter_mut().zip(operand) {
-            *t = t.wrapping_mul(31).wrapping_add(*o);
+            t.sum = t.sum.wrapping_add(o.sum);
+            t.order = t.order.wrapping_mul(31).wrapping_add(o.order);
         }
     }
+    total.iter_mut().for_each(|t| t.state = state);
     total
 }
 
@@ -55,14 +86,17 @@ struct Message {
     step: StepId,
     what: Range,
     /// Its data, where it was copied.
-    copied: Option<Vec<u64>>,
+    copied: Option<Vec<Element>>,
 }
 
 struct Rank {
     plan: Plan,
     memory: Memory,
     done: Vec<bool>,
-    started: Vec<bool>,
+    /// The messages to and from each rank that have not started, in order, and the other steps.
+    sends: Vec<VecDeque<StepId>>,
+    recvs: Vec<VecDeque<StepId>>,
+    local: Vec<StepId>,
     /// What is lent to each slot: the sender and its step.
     lent: Vec<Option<(usize, StepId, Range)>>,
 }
@@ -84,10 +118,19 @@ pub(super) fn run(plans: Vec<Plan>, memory: Vec<Memory>, links: Links, mut seed:
         .into_iter()
         .zip(memory)
         .map(|(plan, mut memory)| {
-            memory.slots = plan.slots.iter().map(|&len| vec![u64::MAX; len]).collect();
+            memory.slots = plan.slots.iter().map(|&len| vec![Element::blank(); len]).collect();
             let steps = plan.steps.len();
             let lent = vec![None; plan.slots.len()];
-            Rank { plan, memory, done: vec![false; steps], started: vec![false; steps], lent }
+            let (mut sends, mut recvs) = (vec![VecDeque::new(); world], vec![VecDeque::new(); world]);
+            let mut local = Vec::new();
+            for (id, step) in plan.steps.iter().enumerate() {
+                match step.action {
+                    Action::Send { to, .. } => sends[to].push_back(id),
+                    Action::Recv { from, .. } => recvs[from].push_back(id),
+                    Action::Reduce { .. } | Action::Copy { .. } => local.push(id),
+                }
+            }
+            Rank { plan, memory, done: vec![false; steps], sends, recvs, local, lent }
         })
         .collect();
     let mut lanes: Vec<VecDeque<Message>> = (0..world * world).map(|_| VecDeque::new()).collect();
@@ -97,8 +140,7 @@ pub(super) fn run(plans: Vec<Plan>, memory: Vec<Memory>, links: Links, mut seed:
     };
     loop {
         let enabled: Vec<(usize, StepId)> = (0..world)
-            .flat_map(|r| (0..ranks[r].plan.steps.len()).map(move |s| (r, s)))
-            .filter(|&(r, s)| enabled(&ranks[r], r, s, &lanes, world, links))
+            .flat_map(|r| enabled(&ranks[r], r, &lanes, links).into_iter().map(move |s| (r, s)))
             .collect();
         if enabled.is_empty() {
             break;
@@ -115,45 +157,30 @@ pub(super) fn run(plans: Vec<Plan>, memory: Vec<Memory>, links: Links, mut seed:
     ranks.into_iter().map(|r| r.memory).collect()
 }
 
-fn enabled(
-    rank: &Rank,
-    r: usize,
-    s: StepId,
-    lanes: &[VecDeque<Message>],
-    world: usize,
-    links: Links,
-) -> bool {
-    let step = &rank.plan.steps[s];
-    if rank.started[s] || step.after.iter().any(|&a| !rank.done[a]) {
-        return false;
-    }
-    // Messages of a pair start in order.
-    let first = |same: &dyn Fn(&Action) -> bool| {
-        rank.plan.steps[..s]
-            .iter()
-            .zip(&rank.started)
-            .all(|(other, started)| *started || !same(&other.action))
+/// The steps of a rank that may start: messages of a pair start in order.
+fn enabled(rank: &Rank, r: usize, lanes: &[VecDeque<Message>], links: Links) -> Vec<StepId> {
+    let world = rank.sends.len();
+    let ready = |s: &StepId| rank.plan.steps[*s].after.iter().all(|&a| rank.done[a]);
+    let room = |to: usize| match links {
+        Links::Copy(capacity) => lanes[to * world + r].len() < capacity,
+        Links::Lend => true,
     };
-    match step.action {
-        Action::Send { to, .. } => {
-            let room = match links {
-                Links::Copy(capacity) => lanes[to * world + r].len() < capacity,
-                Links::Lend => true,
-            };
-            room && first(&|a| matches!(a, Action::Send { to: t, .. } if *t == to))
-        }
-        Action::Recv { from, .. } => {
-            !lanes[r * world + from].is_empty()
-                && first(&|a| matches!(a, Action::Recv { from: f, .. } if *f == from))
-        }
-        Action::Reduce { .. } | Action::Copy { .. } => true,
-    }
+    let sends = (0..world).filter(|&to| room(to)).filter_map(|to| rank.sends[to].front());
+    let recvs = (0..world)
+        .filter(|from| !lanes[r * world + from].is_empty())
+        .filter_map(|from| rank.recvs[from].front());
+    sends.chain(recvs).chain(&rank.local).filter(|s| ready(s)).copied().collect()
 }
 
 fn execute(ranks: &mut [Rank], r: usize, s: StepId, lanes: &mut [VecDeque<Message>], links: Links) {
     let world = ranks.len();
-    ranks[r].started[s] = true;
-    match ranks[r].plan.steps[s].action.clone() {
+    let action = ranks[r].plan.steps[s].action.clone();
+    match action {
+        Action::Send { to, .. } => drop(ranks[r].sends[to].pop_front()),
+        Action::Recv { from, .. } => drop(ranks[r].recvs[from].pop_front()),
+        Action::Reduce { .. } | Action::Copy { .. } => ranks[r].local.retain(|&other| other != s),
+    }
+    match action {
         Action::Send { to, what } => {
             let copied = match links {
                 Links::Copy(_) => {
@@ -164,11 +191,11 @@ fn execute(ranks: &mut [Rank], r: usize, s: StepId, lanes: &mut [VecDeque<Messag
             };
             lanes[to * world + r].push_back(Message { step: s, what, copied });
         }
-        Action::Recv { from, into } => {
+        Action::Recv { from, into, lend } => {
             let Some(message) = lanes[r * world + from].pop_front() else { unreachable!() };
             match (message.copied, into.place) {
                 (Some(data), _) => ranks[r].memory.write(into, &data),
-                (None, Place::Slot(n)) if into.len > 0 => {
+                (None, Place::Slot(n)) if lend => {
                     assert_eq!(message.what.len, into.len);
                     assert!(ranks[r].lent[n].is_none(), "a slot is lent twice");
                     ranks[r].lent[n] = Some((from, message.step, message.what));
@@ -189,15 +216,19 @@ fn execute(ranks: &mut [Rank], r: usize, s: StepId, lanes: &mut [VecDeque<Messag
                     Place::Slot(n) => ranks[r].lent[n].take(),
                     _ => None,
                 };
-                data.push(match lent {
+                let elements = match lent {
                     Some((from, step, what)) => {
                         read.push((from, step));
                         ranks[from].memory.read(what)
                     }
                     None => ranks[r].memory.read(operand),
-                });
+                };
+                let state = if operand.partial { State::Partial } else { State::Raw };
+                assert!(elements.iter().all(|e| e.state == state), "an operand that is not {state:?}");
+                data.push(elements);
             }
-            ranks[r].memory.write(into, &combine(&data));
+            let state = if into.partial { State::Partial } else { State::Finished };
+            ranks[r].memory.write(into, &combine(&data, state));
             for (from, step) in read {
                 ranks[from].done[step] = true;
             }

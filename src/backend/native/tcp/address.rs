@@ -30,19 +30,55 @@ impl Address {
     }
 }
 
+/// Where a rank is to listen.
+#[derive(Clone, Debug)]
+pub(crate) enum Listen {
+    /// At a unix socket.
+    Local,
+    /// Where the ranks of this machine reach it.
+    Loopback,
+    /// Where other hosts reach it.
+    Wide,
+    /// At this network interface.
+    Interface(String),
+}
+
+impl Listen {
+    /// Over TCP: at the interface of that name; else at that which the environment names; else where all
+    /// ranks reach it, which may all be on one machine.
+    pub(crate) fn wide(interface: Option<String>, one_machine: bool) -> Self {
+        let named = ["TCH_DISTRIBUTED_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"]
+            .iter()
+            .find_map(|variable| std::env::var(variable).ok().filter(|s| !s.is_empty()));
+        match interface.or(named) {
+            Some(name) => Self::Interface(name),
+            None if one_machine => Self::Loopback,
+            None => Self::Wide,
+        }
+    }
+
+    pub(super) fn is_local(&self) -> bool {
+        matches!(self, Self::Local)
+    }
+}
+
 /// How many connections may wait to be accepted.
 const BACKLOG: i32 = 1024;
 
-/// Listens for peers; `local` on this host alone, by a unix socket.
-pub(super) fn listen(local: bool, one_host: bool) -> io::Result<(Socket, Address)> {
-    if local {
-        let address = Address::Local(format!("tch-distributed-{:032x}", random()));
-        let (socket, at) = address.to_socket()?;
-        socket.bind(&at)?;
-        socket.listen(BACKLOG)?;
-        return Ok((socket, address));
-    }
-    let ip = reachable(one_host)?;
+/// Listens for peers.
+pub(super) fn listen(at: &Listen) -> io::Result<(Socket, Address)> {
+    let ip = match at {
+        Listen::Local => {
+            let address = Address::Local(format!("tch-distributed-{:032x}", random()));
+            let (socket, at) = address.to_socket()?;
+            socket.bind(&at)?;
+            socket.listen(BACKLOG)?;
+            return Ok((socket, address));
+        }
+        Listen::Loopback => Ipv4Addr::LOCALHOST.into(),
+        Listen::Wide => reachable()?,
+        Listen::Interface(name) => interface(name)?,
+    };
     let (socket, at) = Address::Internet(SocketAddr::new(ip, 0)).to_socket()?;
     socket.bind(&at)?;
     socket.listen(BACKLOG)?;
@@ -51,18 +87,9 @@ pub(super) fn listen(local: bool, one_host: bool) -> io::Result<(Socket, Address
     Ok((socket, Address::Internet(bound)))
 }
 
-/// The address of this host that its peers reach: of the interface named by
-/// `TCH_DISTRIBUTED_SOCKET_IFNAME` or `GLOO_SOCKET_IFNAME`; else the one from which it reaches
-/// `MASTER_ADDR`; else the one of its default route; else of its name.
-fn reachable(one_host: bool) -> io::Result<IpAddr> {
-    for variable in ["TCH_DISTRIBUTED_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"] {
-        if let Some(name) = std::env::var(variable).ok().filter(|s| !s.is_empty()) {
-            return interface(variable, &name);
-        }
-    }
-    if one_host {
-        return Ok(Ipv4Addr::LOCALHOST.into());
-    }
+/// The address of this host that its peers reach: the one from which it reaches `MASTER_ADDR`; else the
+/// one of its default route; else the first there is.
+fn reachable() -> io::Result<IpAddr> {
     let master = std::env::var("MASTER_ADDR").ok();
     let towards = |to: &str| -> Option<IpAddr> {
         // A datagram socket that is connected has an address; nothing is sent.
@@ -89,15 +116,91 @@ fn reachable(one_host: bool) -> io::Result<IpAddr> {
         })
 }
 
-fn interface(variable: &str, name: &str) -> io::Result<IpAddr> {
+/// The address of a network interface: of IPv4 where it has one, else of IPv6 that is not link-local.
+/// `GLOO_SOCKET_IFNAME` may be a list: then the first that there is.
+fn interface(names: &str) -> io::Result<IpAddr> {
     let interfaces = if_addrs::get_if_addrs()?;
-    let of_name = || interfaces.iter().filter(|i| i.name == name).map(if_addrs::Interface::ip);
-    let link_local = |ip: &IpAddr| matches!(ip, IpAddr::V6(v6) if v6.is_unicast_link_local());
-    of_name().find(IpAddr::is_ipv4).or_else(|| of_name().find(|ip| !link_local(ip))).ok_or_else(|| {
+    choose(names, &interfaces).ok_or_else(|| {
         let mut known: Vec<&str> = interfaces.iter().map(|i| i.name.as_str()).collect();
         known.sort_unstable();
         known.dedup();
         let known = known.join(", ");
-        io::Error::other(format!("{variable}={name}: no such interface with an address; there are {known}"))
+        io::Error::other(format!("no network interface {names} with an address; there are {known}"))
     })
+}
+
+fn choose(names: &str, interfaces: &[if_addrs::Interface]) -> Option<IpAddr> {
+    let link_local = |ip: &IpAddr| matches!(ip, IpAddr::V6(v6) if v6.is_unicast_link_local());
+    names.split(',').map(str::trim).find_map(|name| {
+        let of_name = || interfaces.iter().filter(|i| i.name == name).map(if_addrs::Interface::ip);
+        of_name().find(IpAddr::is_ipv4).or_else(|| of_name().find(|ip| !link_local(ip)))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv6Addr;
+
+    use super::*;
+
+    fn of(name: &str, ip: IpAddr) -> if_addrs::Interface {
+        let addr = match ip {
+            IpAddr::V4(ip) => if_addrs::IfAddr::V4(if_addrs::Ifv4Addr {
+                ip,
+                netmask: Ipv4Addr::new(255, 255, 255, 0),
+                prefixlen: 24,
+                broadcast: None,
+            }),
+            IpAddr::V6(ip) => if_addrs::IfAddr::V6(if_addrs::Ifv6Addr {
+                ip,
+                netmask: Ipv6Addr::UNSPECIFIED,
+                prefixlen: 64,
+                broadcast: None,
+            }),
+        };
+        if_addrs::Interface {
+            name: name.to_owned(),
+            addr,
+            index: None,
+            oper_status: if_addrs::IfOperStatus::Up,
+            is_p2p: false,
+        }
+    }
+
+    #[test]
+    fn an_interface_gives_its_ipv4_address_or_one_of_ipv6_that_others_reach() {
+        let link_local: IpAddr = "fe80::1".parse().unwrap();
+        let (six, four): (IpAddr, IpAddr) = ("2001:db8::7".parse().unwrap(), "10.1.2.3".parse().unwrap());
+        let interfaces = [of("eth0", link_local), of("eth0", six), of("eth1", six), of("eth1", four)];
+        assert_eq!(choose("eth0", &interfaces), Some(six));
+        assert_eq!(choose("eth1", &interfaces), Some(four));
+        assert_eq!(choose("eth7,eth1", &interfaces), Some(four));
+        assert_eq!(choose("eth7", &interfaces), None);
+        assert_eq!(choose("eth0", &interfaces[..1]), None);
+    }
+
+    #[test]
+    fn an_interface_that_there_is_not_is_named_with_those_that_there_are() {
+        let error = listen(&Listen::Interface("junk7".to_owned())).unwrap_err().to_string();
+        assert!(error.contains("junk7") && error.contains("lo"), "{error}");
+    }
+
+    #[test]
+    fn the_loopback_interface_is_listened_at_by_name() {
+        let (_socket, address) = listen(&Listen::Interface("lo".to_owned())).unwrap();
+        assert!(matches!(address, Address::Internet(at) if at.ip().is_loopback() && at.port() > 0));
+    }
+
+    #[test]
+    fn ranks_find_one_another_at_addresses_of_ipv6() {
+        let Ok(listener) = std::net::TcpListener::bind("[::1]:0") else {
+            // This machine has no IPv6: then a call to it fails, in words.
+            let to = Address::Internet("[::1]:9".parse().unwrap());
+            assert!(to.to_socket().and_then(|(socket, at)| socket.connect(&at)).is_err());
+            return;
+        };
+        let (socket, at) = Address::Internet(listener.local_addr().unwrap()).to_socket().unwrap();
+        socket.connect(&at).unwrap();
+        assert!(listener.accept().unwrap().1.is_ipv6());
+    }
 }

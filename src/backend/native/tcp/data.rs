@@ -143,12 +143,15 @@ impl Links for SocketLinks {
                 Ok(None) => break,
                 Ok(Some(n)) => {
                     moved = true;
+                    let head = HEAD.saturating_sub(out.done);
+                    let full = stream::fell_short(n, &out.pieces, out.done.saturating_sub(HEAD), head);
                     out.done += n;
-                    if out.done < out.len {
-                        continue;
+                    if out.done == out.len {
+                        line.out.pop_front();
+                        line.sent += 1;
+                    } else if full {
+                        break;
                     }
-                    line.out.pop_front();
-                    line.sent += 1;
                 }
                 Err(error) => return Err(line.lost(to, error)),
             }
@@ -161,7 +164,8 @@ impl Links for SocketLinks {
     }
 
     fn peek(&mut self, from: usize) -> Result<Option<Head>> {
-        let line = self.line(from)?;
+        // From whom no line leads nothing comes.
+        let Some(line) = &mut self.lines[from] else { return Ok(None) };
         if line.head.is_none() {
             while line.spare_end - line.spare_start < HEAD {
                 if !line.fill(from)? {
@@ -202,14 +206,20 @@ impl Links for SocketLinks {
             }
             line.spare_start = 0;
             line.spare_end = 0;
+            // Along with a long message only the next header: what follows it is not to be copied twice.
+            let beside = if len - done > SPARE { HEAD } else { SPARE };
             // SAFETY: `into` is the run's own memory.
-            match unsafe { stream::read(&line.fd, into, done, &mut line.spare[..]) } {
+            match unsafe { stream::read(&line.fd, into, done, &mut line.spare[..beside]) } {
                 Ok(None) => break,
                 Ok(Some(0)) => return Err(line.lost(from, io::ErrorKind::UnexpectedEof.into())),
                 Ok(Some(n)) => {
+                    let empty = stream::fell_short(n, into, done, 0);
                     let wanted = n.min(len - done);
                     done += wanted;
                     line.spare_end = n - wanted;
+                    if empty {
+                        break;
+                    }
                 }
                 Err(error) => return Err(line.lost(from, error)),
             }

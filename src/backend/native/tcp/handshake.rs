@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use rustix::net::sockopt;
 use socket2::Socket;
 
-use super::address::{self, Address};
+use super::address::{self, Address, Listen};
 use super::wait;
 use crate::backend::native::meet::{Meeting, VERSION};
 use crate::backend::native::transport::Watch;
@@ -65,24 +65,27 @@ struct Caller {
     since: Instant,
 }
 
-/// Connects all ranks of a group, with one connection for each channel: `[channel][rank]`. `local`: by
-/// unix sockets.
+/// Connects all ranks of a group, with one connection for each channel: `[channel][rank]`; for data only
+/// those for whom `data` is true.
 pub(crate) fn connect(
     meeting: &Meeting,
     rank: usize,
     world: usize,
     token: u128,
     channels: &[Channel],
-    local: bool,
-    one_host: bool,
+    at: &Listen,
+    data: impl Fn(usize) -> bool,
 ) -> Result<Vec<Vec<Option<OwnedFd>>>> {
-    let (listener, address) = address::listen(local, one_host)?;
+    let local = at.is_local();
+    let wanted = |channel: Channel, peer: usize| channel == Channel::Control || data(peer);
+    let (listener, address) = address::listen(at)
+        .map_err(|e| meeting.failed(&format!("rank {rank} cannot listen for its peers: {e}")))?;
     listener.set_nonblocking(true)?;
     let addresses: Vec<Address> = meeting.exchange(if local { "local" } else { "address" }, &address)?;
     let mut called: Vec<Vec<Option<OwnedFd>>> =
         channels.iter().map(|_| (0..world).map(|_| None).collect()).collect();
     for (peer, address) in addresses.iter().enumerate().take(rank) {
-        for (n, &channel) in channels.iter().enumerate() {
+        for (n, &channel) in channels.iter().enumerate().filter(|&(_, &c)| wanted(c, peer)) {
             let mut socket = call(meeting, peer, address)?;
             socket
                 .write_all(&hello(token, rank, peer, channel))
@@ -92,7 +95,11 @@ pub(crate) fn connect(
     }
     let mut desk = Desk { token, rank, channels, callers: Vec::new(), sockets: called };
     let listener = Arc::new(OwnedFd::from(listener));
-    desk.serve(meeting, &listener, world)?;
+    let expected: Vec<(usize, usize)> = (rank + 1..world)
+        .flat_map(|p| (0..channels.len()).map(move |n| (n, p)))
+        .filter(|&(n, p)| wanted(channels[n], p))
+        .collect();
+    desk.serve(meeting, &listener, &expected)?;
     // The ranks below have said welcome by now, or will.
     for peer in 0..rank {
         for sockets in &mut desk.sockets {
@@ -159,11 +166,17 @@ struct Desk<'a> {
 }
 
 impl Desk<'_> {
-    /// Takes calls until every rank above has called on every channel.
-    fn serve(&mut self, meeting: &Meeting, listener: &Arc<OwnedFd>, world: usize) -> Result<()> {
+    /// Takes calls until all have come, of a rank on a channel.
+    fn serve(
+        &mut self,
+        meeting: &Meeting,
+        listener: &Arc<OwnedFd>,
+        expected: &[(usize, usize)],
+    ) -> Result<()> {
         loop {
-            let missing: Vec<usize> =
-                (self.rank + 1..world).filter(|&p| self.sockets.iter().any(|s| s[p].is_none())).collect();
+            let mut missing: Vec<usize> =
+                expected.iter().filter(|&&(n, p)| self.sockets[n][p].is_none()).map(|&(_, p)| p).collect();
+            missing.dedup();
             if missing.is_empty() {
                 return Ok(());
             }

@@ -18,12 +18,13 @@ use std::time::Instant;
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
+pub(crate) use address::Listen;
 pub(crate) use control::SocketControl;
 pub(crate) use handshake::{Channel, connect};
 
 use self::data::SocketLinks;
 use super::executor::{Executor, Wiring};
-use super::plan::Tuning;
+use super::plan::{Plan, Tuning};
 use super::transport::{Run, Stamp, Transport, Watch};
 use crate::Result;
 use crate::backend::Call;
@@ -39,12 +40,28 @@ pub(crate) struct Sockets {
 
 impl Sockets {
     /// `sockets[r]` leads to rank r; `None` for this rank.
-    pub(crate) fn new(rank: usize, sockets: Vec<Option<OwnedFd>>) -> Result<Self> {
+    pub(crate) fn new(rank: usize, tuning: Tuning, sockets: Vec<Option<OwnedFd>>) -> Result<Self> {
         let world = sockets.len();
-        let wiring = Arc::new(Wiring::new(rank, world, Tuning::SOCKETS, SocketLinks::new(sockets)));
+        let wiring = Arc::new(Wiring::new(rank, world, tuning, SocketLinks::new(sockets)));
         let wake =
             eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(std::io::Error::from)?;
         Ok(Self { wiring, wake, parked: AtomicBool::new(false), signalled: AtomicBool::new(false) })
+    }
+}
+
+impl Sockets {
+    pub(crate) fn tuning(&self) -> &Tuning {
+        &self.wiring.tuning
+    }
+
+    /// Begins a collective whose plan was made elsewhere.
+    pub(crate) fn start_plan<'a>(
+        &self,
+        call: Call<'a>,
+        stamp: Stamp,
+        plan: Plan,
+    ) -> Result<Box<dyn Run + 'a>> {
+        Ok(Box::new(Executor::with_plan(self.wiring.clone(), call, stamp, plan)?))
     }
 }
 

@@ -59,6 +59,12 @@ pub(super) unsafe fn write(
     outcome(rustix::net::sendmsg(fd, &slices, &mut SendAncillaryBuffer::default(), SendFlags::NOSIGNAL))
 }
 
+/// Whether a read or write of `n` bytes did less than it could have: the socket is empty or full, and
+/// asking again at once would only tell so.
+pub(super) fn fell_short(n: usize, pieces: &[Piece], done: usize, beside: usize) -> bool {
+    n < rest(pieces, done).iter().map(|p| p.len).sum::<usize>() + beside
+}
+
 /// Reads into `pieces`, of which `done` bytes have been read already, and what comes after them into
 /// `spare`. `Some(0)`: the peer has closed.
 ///

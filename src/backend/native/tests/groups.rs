@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use tch::{Device, Kind, Tensor};
 
-use super::{Rank, TRANSPORT, context, none, ranks, segments};
-use crate::backend::native::create_with;
+use super::{Rank, TRANSPORT, context, none, options, ranks, segments};
+use crate::backend::native::Options;
 use crate::backend::{CollectiveBackend, Op};
 use crate::store::{HashStore, PrefixStore, Store};
 use crate::{Error, ReduceOp, Result};
@@ -21,7 +21,7 @@ fn make(
     world: usize,
     transport: &str,
 ) -> Result<Arc<dyn CollectiveBackend>> {
-    create_with(context(store.clone(), rank, world), Some(transport.to_owned()))
+    options(transport, rank).create(context(store.clone(), rank, world))
 }
 
 fn asynchronous_calls_on_two_groups_may_come_in_different_orders() {
@@ -91,7 +91,7 @@ fn a_rank_that_does_not_come_is_named_when_the_group_is_set_up() {
     let store: Arc<dyn Store> = Arc::new(HashStore::new());
     let mut context = context(store, 0, 3);
     context.timeout = Duration::from_millis(300);
-    let error = create_with(context, None).err().unwrap();
+    let error = Options::new().create(context).err().unwrap();
     assert!(matches!(&error, Error::Timeout { missing, .. } if *missing == [1, 2]), "{error}");
 }
 

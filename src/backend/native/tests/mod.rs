@@ -15,12 +15,16 @@ macro_rules! on_every_transport {
         mod tcp {
             $(#[test] fn $name() { crate::backend::native::tests::on("tcp", super::$name) })*
         }
+        mod hosts {
+            $(#[test] fn $name() { crate::backend::native::tests::on("hosts", super::$name) })*
+        }
     };
 }
 
 mod agreement;
 mod failures;
 mod groups;
+mod hosts;
 mod messages;
 mod operations;
 mod processes;
@@ -33,7 +37,7 @@ use std::time::Duration;
 use smallvec::SmallVec;
 use tch::{Kind, Tensor};
 
-use super::create_with;
+use super::Options;
 use crate::Result;
 use crate::backend::{
     BackendContext, Buffer, Call, CollectiveBackend, Completion, Direction, Op, Receipt, Segment, Segments,
@@ -167,20 +171,38 @@ pub(super) fn context(store: Arc<dyn Store>, rank: usize, world: usize) -> Backe
     }
 }
 
+/// How a rank of a test is connected: `hosts` pretends that ranks of even and of odd numbers are on two
+/// hosts.
+pub(super) fn options(transport: &str, rank: usize) -> Options {
+    match transport {
+        "hosts" => Options::new().host(format!("host {}", rank % 2)),
+        other => Options::new().transport(other),
+    }
+}
+
 /// Runs `body` on `world` rank threads with a group of their own; what each returned.
 pub(super) fn ranks<T: Send + 'static>(
     world: usize,
     body: impl Fn(Rank) -> T + Send + Sync + 'static,
 ) -> Vec<T> {
-    let store: Arc<dyn Store> = Arc::new(HashStore::new());
-    let body = Arc::new(body);
     let transport = TRANSPORT.get();
+    ranks_with(world, move |rank| options(transport, rank), body)
+}
+
+/// The same, each with options of its own.
+pub(super) fn ranks_with<T: Send + 'static>(
+    world: usize,
+    options: impl Fn(usize) -> Options + Send + Sync + 'static,
+    body: impl Fn(Rank) -> T + Send + Sync + 'static,
+) -> Vec<T> {
+    let store: Arc<dyn Store> = Arc::new(HashStore::new());
+    let (options, body) = (Arc::new(options), Arc::new(body));
     let (sender, receiver) = mpsc::channel();
     for rank in 0..world {
-        let (store, body, sender) = (store.clone(), body.clone(), sender.clone());
+        let (store, options, body, sender) = (store.clone(), options.clone(), body.clone(), sender.clone());
         std::thread::spawn(move || {
-            let backend = create_with(context(store, rank, world), Some(transport.to_owned()))
-                .expect("the group should come up");
+            let backend =
+                options(rank).create(context(store, rank, world)).expect("the group should come up");
             let result = body(Rank { backend, rank, world });
             let _ = sender.send((rank, result));
         });

@@ -8,8 +8,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, WaitIdOptions, getpid, kill_process};
 use tch::{Device, Kind, Tensor};
 
-use super::{LONG, Rank, none, segments};
-use crate::backend::native::create_with;
+use super::{LONG, Rank, none, options, segments};
 use crate::backend::{BackendContext, Call, Op};
 use crate::store::FileStore;
 use crate::{Error, ReduceOp};
@@ -54,7 +53,7 @@ fn with_victim(test: &str, transport: &str, signal: Signal, body: fn(&Rank) -> S
             timeout: LONG,
             group_name: "victims".to_owned(),
         };
-        let backend = create_with(context, Some(transport.to_owned())).unwrap();
+        let backend = options(transport, rank).create(context).unwrap();
         let rank = Rank { backend, rank, world: WORLD };
         for _ in 0..20 {
             rank.all_reduce(&Tensor::ones([100], (Kind::Float, Device::Cpu)), ReduceOp::Sum).unwrap();
@@ -184,6 +183,16 @@ fn a_killed_rank_is_named_by_those_that_read_its_tensors_in_place() {
 #[test]
 fn a_killed_rank_is_named_by_those_that_wait_at_sockets() {
     killed("a_killed_rank_is_named_by_those_that_wait_at_sockets", "tcp", until_failure);
+}
+
+#[test]
+fn a_killed_rank_is_named_by_those_on_its_host_and_on_another() {
+    killed("a_killed_rank_is_named_by_those_on_its_host_and_on_another", "hosts", until_failure);
+}
+
+#[test]
+fn a_killed_rank_ends_asynchronous_work_of_several_hosts() {
+    killed("a_killed_rank_ends_asynchronous_work_of_several_hosts", "hosts", in_async_work);
 }
 
 #[test]

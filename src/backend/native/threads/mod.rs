@@ -25,9 +25,9 @@ pub(crate) struct Threads {
 }
 
 impl Threads {
-    pub(crate) fn new(seat: Arc<Seat>) -> Self {
+    pub(crate) fn new(seat: Arc<Seat>, tuning: Tuning) -> Self {
         let links = ThreadLinks::new(seat.clone());
-        let wiring = Wiring::new(seat.rank(), seat.size(), Tuning::THREADS, links);
+        let wiring = Wiring::new(seat.rank(), seat.size(), tuning, links);
         Self { seat, wiring: Arc::new(wiring) }
     }
 }

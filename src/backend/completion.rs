@@ -1,10 +1,11 @@
 //! The promise that a backend keeps: told once how an operation ended.
 
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::task::Waker;
 use std::time::Instant;
 
+use once_cell::sync::OnceCell;
 use parking_lot::{Condvar, Mutex};
 
 use crate::{Error, Result};
@@ -32,10 +33,17 @@ pub(crate) struct Ticket {
     state: Arc<State>,
 }
 
+/// Moves an operation on, on the thread that waits for it.
+pub(crate) trait Helper: Send + Sync {
+    /// Does so until `done`, or the time has come, or there is nothing to do for this thread.
+    fn help(&self, done: &dyn Fn() -> bool, until: Option<Instant>);
+}
+
 #[derive(Default)]
 struct State {
     slot: Mutex<Slot>,
     ended: Condvar,
+    helper: OnceCell<Weak<dyn Helper>>,
 }
 
 #[derive(Default)]
@@ -68,6 +76,12 @@ impl Completion {
             Ok(Receipt::default())
         })))
         .0
+    }
+
+    /// Says who lets a thread that waits move the operation on itself.
+    pub(crate) fn helped_by(&self, helper: Weak<dyn Helper>) {
+        // The first stays.
+        let _ = self.state.helper.set(helper);
     }
 
     /// Ends the operation and wakes those who wait.
@@ -113,6 +127,12 @@ impl Ticket {
 
     /// Waits for the end, until `deadline` where there is one; `None` when that passed first.
     pub(crate) fn wait_until(&self, deadline: Option<Instant>) -> Option<Result<Receipt>> {
+        let ended = || self.state.slot.lock().result.is_some();
+        if let Some(helper) = self.state.helper.get().and_then(Weak::upgrade)
+            && !ended()
+        {
+            helper.help(&ended, deadline);
+        }
         let mut slot = self.state.slot.lock();
         loop {
             if let Some(result) = &slot.result {

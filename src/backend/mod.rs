@@ -17,8 +17,8 @@ use std::time::Duration;
 use tch::{Device, Kind, Tensor};
 
 pub use call::{Buffer, Call, Direction, Op, Segment, Segments, Transfer, segment_numel};
-pub(crate) use completion::Ticket;
 pub use completion::{Completion, Receipt};
+pub(crate) use completion::{Helper, Ticket};
 pub(crate) use registry::factory;
 pub use registry::{is_backend_available, register_backend};
 

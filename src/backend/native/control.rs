@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use super::cause::Cause;
 use super::ledger::Report;
 use crate::Error;
-use crate::backend::Transfer;
+use crate::backend::{Helper, Transfer};
 
 /// Whether a peer is still there.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -46,6 +46,11 @@ pub(crate) trait Control: Send + Sync {
 
     /// Starts point-to-point messages.
     fn transfer(&self, transfers: Vec<Transfer>);
+
+    /// Who moves messages on for a thread that waits for one; `None` where they need nobody.
+    fn helper(&self) -> Option<Weak<dyn Helper>> {
+        None
+    }
 
     /// The earliest deadline of pending messages.
     fn deadline(&self) -> Option<Instant>;

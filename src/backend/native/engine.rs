@@ -314,6 +314,10 @@ impl Engine {
             }
             return;
         }
+        if let Some(helper) = self.control.helper() {
+            transfers.iter().for_each(|t| t.done.helped_by(helper.clone()));
+        }
+        let soon = transfers.iter().any(|t| t.timeout < LOOK);
         self.control.transfer(transfers);
         if let Some(error) = self.failure() {
             // It came in between.
@@ -321,10 +325,13 @@ impl Engine {
             return;
         }
         if self.control.pending() > 0 {
-            self.transfers.store(true, Ordering::SeqCst);
-            *self.look.lock() = None;
-            self.changed();
-            self.enlist();
+            let watched = self.transfers.swap(true, Ordering::SeqCst) && self.enlisted.load(Ordering::SeqCst);
+            // Where messages are watched already it is soon enough to look at these with them.
+            if !watched || soon || self.flag(ABSENT) {
+                *self.look.lock() = None;
+                self.changed();
+                self.enlist();
+            }
         }
     }
 

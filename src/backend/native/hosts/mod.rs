@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use parking_lot::Mutex;
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use self::run::HostsRun;
 use super::plan::hosts::Layout;
@@ -56,6 +56,10 @@ impl Inner {
 impl Transport for Hosts {
     fn start<'a>(&self, call: Call<'a>, stamp: Stamp) -> Result<Box<dyn Run + 'a>> {
         Ok(Box::new(HostsRun::new(self.inner.clone(), call.into_owned(), stamp)?))
+    }
+
+    fn allocate(&self, size: &[i64], kind: Kind) -> Option<Result<Tensor>> {
+        self.inner.local.as_ref()?.allocate(size, kind)
     }
 
     fn park(&self, until: Instant) {

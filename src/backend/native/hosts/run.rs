@@ -14,7 +14,7 @@ use crate::backend::native::kernels::Reducer;
 use crate::backend::native::plan::hosts::{Parts, Stage, Way, schedule};
 use crate::backend::native::plan::{Place, Range, Shape};
 use crate::backend::native::transport::{Progress, Run, Stamp, Transport};
-use crate::backend::{Buffer, Call, Op, Segment, Segments, segment_numel};
+use crate::backend::{Buffer, Call, Segment, Segments, segment_numel};
 use crate::{Error, Result};
 
 /// How much scratch is kept from one call to the next.

@@ -119,7 +119,7 @@ impl Pairs {
     /// The new number of a rank; `None` for the second of a pair.
     pub(super) fn number(&self, rank: usize) -> Option<usize> {
         match rank < 2 * self.extra {
-            true => (rank % 2 == 0).then_some(rank / 2),
+            true => rank.is_multiple_of(2).then_some(rank / 2),
             false => Some(rank - self.extra),
         }
     }

@@ -9,6 +9,8 @@ use smallvec::{SmallVec, smallvec};
 use super::doubling::Pairs;
 use super::{Cuts, Plan, Range, Shape, StepId, share};
 
+type Steps = SmallVec<[StepId; 8]>;
+
 /// How many chunks may be on their way before the first has been combined.
 const DEPTH: usize = 4;
 
@@ -18,7 +20,7 @@ pub(super) fn all_reduce(shape: &Shape, chunk: usize) -> Plan {
     let pairs = Pairs::of(shape.world);
     let Some(number) = pairs.number(rank) else {
         let cuts = Cuts::new(data.len, chunk);
-        let sent: SmallVec<[StepId; 8]> = (0..cuts.count)
+        let sent: Steps = (0..cuts.count)
             .filter_map(|c| cuts.get(c))
             .map(|(start, len)| plan.send(rank - 1, data.part(start, len), &[]))
             .collect();
@@ -33,7 +35,7 @@ pub(super) fn all_reduce(shape: &Shape, chunk: usize) -> Plan {
     let slots: SmallVec<[Range; DEPTH]> =
         (0..DEPTH.min(Cuts::new(data.len, chunk).count)).map(|_| plan.slot(chunk.min(data.len))).collect();
     let mut work = Combining { plan, slots, uses: Vec::new(), chunk };
-    let mut made = SmallVec::<[StepId; 8]>::new();
+    let mut made = Steps::new();
     let mut partial = false;
     if paired {
         made = work.combine(rank + 1, data, (false, false), (true, pairs.power > 1), &[]);
@@ -41,7 +43,7 @@ pub(super) fn all_reduce(shape: &Shape, chunk: usize) -> Plan {
     }
     // Apart: the part that is still worked on, and what was given away on the way.
     let mut part = data;
-    let mut given: SmallVec<[(usize, Range, SmallVec<[StepId; 8]>); 8]> = SmallVec::new();
+    let mut given: Vec<(usize, Range, Steps)> = Vec::new();
     let mut distance = 1;
     while distance < pairs.power {
         let peer = pairs.rank(number ^ distance);
@@ -86,12 +88,12 @@ impl Combining {
         (0..cuts.count).filter_map(move |c| cuts.get(c)).map(move |(start, len)| of.part(start, len))
     }
 
-    fn send(&mut self, peer: usize, what: Range, after: &[StepId]) -> SmallVec<[StepId; 8]> {
+    fn send(&mut self, peer: usize, what: Range, after: &[StepId]) -> Steps {
         self.pieces(what).map(|piece| self.plan.send(peer, piece, after)).collect()
     }
 
     /// Receives where something was sent from; `sent` are those sends.
-    fn recv(&mut self, peer: usize, into: Range, sent: &[StepId]) -> SmallVec<[StepId; 8]> {
+    fn recv(&mut self, peer: usize, into: Range, sent: &[StepId]) -> Steps {
         self.pieces(into).zip(sent).map(|(piece, &sent)| self.plan.recv(peer, piece, &[sent])).collect()
     }
 
@@ -104,7 +106,7 @@ impl Combining {
         (mine, theirs): (bool, bool),
         (first, unfinished): (bool, bool),
         after: &[StepId],
-    ) -> SmallVec<[StepId; 8]> {
+    ) -> Steps {
         let mut made = SmallVec::new();
         for piece in self.pieces(own) {
             let turn = self.uses.len();
@@ -117,7 +119,7 @@ impl Combining {
             let into = if unfinished { piece.unfinished() } else { piece };
             let operands: SmallVec<[Range; 4]> =
                 if first { smallvec![here, slot] } else { smallvec![slot, here] };
-            let mut before: SmallVec<[StepId; 8]> = smallvec![came];
+            let mut before: Steps = smallvec![came];
             before.extend(after.iter().copied());
             let step = self.plan.reduce(into, operands, &before);
             self.uses.push(step);

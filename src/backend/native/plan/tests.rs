@@ -194,8 +194,16 @@ fn every_algorithm_works_in_every_world_up_to_17_with_every_odd_length() {
                 (0..world).map(|r| (0..world).map(|p| (len + r * 5 + p * 3) % (len + 1)).collect()).collect();
             for (n, tuning) in tunings.iter().enumerate() {
                 for number in 0..9 {
-                    let links = if (world + n) % 2 == 0 { Links::Lend } else { Links::Copy(2) };
-                    check(op(number, (world * 7 + n) % world), &lens, n % 2 == 0, false, tuning, links, 5);
+                    let links = if (world + n).is_multiple_of(2) { Links::Lend } else { Links::Copy(2) };
+                    check(
+                        op(number, (world * 7 + n) % world),
+                        &lens,
+                        n.is_multiple_of(2),
+                        false,
+                        tuning,
+                        links,
+                        5,
+                    );
                 }
             }
         }

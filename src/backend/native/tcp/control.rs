@@ -1,6 +1,7 @@
 //! The control channel over sockets: notes, presence and messages, driven by the progress engine.
 
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
@@ -11,13 +12,13 @@ use super::channel::{Event, Line};
 use super::messages::{Deed, Messages};
 use super::streams::Streams;
 use super::wire::Note;
-use crate::backend::Transfer;
 use crate::backend::native::bulk::Bulk;
 use crate::backend::native::cause::Cause;
 use crate::backend::native::control::{Control, Listener, Overdue, Presence};
 use crate::backend::native::ledger::{Ledger, Report};
 use crate::backend::native::progress::{self, Task, Turn};
 use crate::backend::native::transport::Watch;
+use crate::backend::{Helper, Transfer};
 use crate::{Error, Result};
 
 /// How long the last words may take after a group was closed.
@@ -29,7 +30,24 @@ pub(crate) struct SocketControl {
     ledger: Arc<Ledger>,
     listener: OnceCell<Weak<dyn Listener>>,
     state: Mutex<State>,
+    /// Whether a thread that waits for a message reads the lines, so that the progress engine need not.
+    helped: AtomicBool,
+    /// Since when.
+    help_began: Mutex<Instant>,
+    this: Weak<Self>,
 }
+
+/// For how long the progress engine looks again soon whether a helping thread has gone: then that need
+/// not tell it each time.
+const BRIEF: Duration = Duration::from_millis(10);
+/// How soon that is.
+const RETURN: Duration = Duration::from_millis(2);
+/// How often a helping thread looks whether its message has ended otherwise.
+const GLANCE: Duration = Duration::from_millis(20);
+/// How long it naps where data comes around the sockets and nobody knocks.
+const NAP: Duration = Duration::from_micros(50);
+/// How often it tries before it sleeps.
+const TRIES: u32 = 40;
 
 struct State {
     lines: Vec<Option<Line>>,
@@ -75,7 +93,15 @@ impl SocketControl {
             closing: None,
             failed: false,
         };
-        let control = Arc::new(Self { rank, ledger, listener: OnceCell::new(), state: Mutex::new(state) });
+        let control = Arc::new_cyclic(|this| Self {
+            rank,
+            ledger,
+            listener: OnceCell::new(),
+            state: Mutex::new(state),
+            helped: AtomicBool::new(false),
+            help_began: Mutex::new(Instant::now()),
+            this: this.clone(),
+        });
         progress::enlist(control.clone())?;
         Ok(control)
     }
@@ -122,7 +148,53 @@ impl SocketControl {
     }
 }
 
+impl Helper for SocketControl {
+    fn help(&self, done: &dyn Fn() -> bool, until: Option<Instant>) {
+        if self.helped.load(Ordering::SeqCst) {
+            return;
+        }
+        *self.help_began.lock() = Instant::now();
+        if self.helped.swap(true, Ordering::SeqCst) {
+            return;
+        }
+        let began = Instant::now();
+        let mut idle = 0;
+        while !done() {
+            match self.advance(true) {
+                Turn::Moved => idle = 0,
+                Turn::Idle(_) => idle += 1,
+                Turn::Ended => break,
+            }
+            let now = Instant::now();
+            if done() || until.is_some_and(|until| now >= until) {
+                break;
+            }
+            if idle > TRIES {
+                let mut set = Vec::new();
+                let state = self.state.lock();
+                state.watch(&mut set);
+                let glance = now + if state.streaming() { NAP } else { GLANCE };
+                drop(state);
+                super::wait(&set, None, until.map_or(glance, |until| until.min(glance)));
+            } else if idle > 0 {
+                std::thread::yield_now();
+            }
+        }
+        self.helped.store(false, Ordering::SeqCst);
+        if began.elapsed() > BRIEF / 2 {
+            progress::nudge();
+        }
+    }
+}
+
 impl State {
+    /// What to sleep on.
+    fn watch(&self, set: &mut Vec<Watch>) {
+        for line in self.lines.iter().flatten().filter(|l| !l.ended) {
+            set.push(Watch { fd: line.fd.clone(), read: true, write: line.busy() });
+        }
+    }
+
     /// Queues what the deeds ask for and writes; keeps the deeds that are for later. Whether something
     /// is left to write.
     fn perform(&mut self, after: &mut After) -> bool {
@@ -282,6 +354,10 @@ impl Control for SocketControl {
         });
     }
 
+    fn helper(&self) -> Option<Weak<dyn Helper>> {
+        Some(self.this.clone())
+    }
+
     fn deadline(&self) -> Option<Instant> {
         self.state.lock().messages.deadline()
     }
@@ -344,6 +420,10 @@ impl Task for SocketControl {
             None if moved => Turn::Moved,
             // Nobody knocks: the progress engine spins a little, then looks again and again.
             None if state.streaming() => Turn::Idle(Some(Instant::now() + LINGER)),
+            // A thread that helps may go without a word.
+            None if self.helped.load(Ordering::SeqCst) && self.help_began.lock().elapsed() < BRIEF => {
+                Turn::Idle(Some(Instant::now() + RETURN))
+            }
             None => Turn::Idle(None),
         };
         drop(state);
@@ -352,9 +432,14 @@ impl Task for SocketControl {
     }
 
     fn watch(&self, set: &mut Vec<Watch>) -> bool {
+        let before = set.len();
         let state = self.state.lock();
-        for line in state.lines.iter().flatten().filter(|l| !l.ended) {
-            set.push(Watch { fd: line.fd.clone(), read: true, write: line.busy() });
+        state.watch(set);
+        if self.helped.load(Ordering::SeqCst) {
+            // The helping thread reads.
+            let writes = |watch: &Watch| watch.write;
+            let kept = set.split_off(before).into_iter().filter(writes);
+            set.extend(kept.map(|watch| Watch { read: false, ..watch }));
         }
         !state.streaming()
     }

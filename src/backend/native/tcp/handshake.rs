@@ -14,7 +14,7 @@ use rustix::net::sockopt;
 use socket2::Socket;
 
 use super::address::{self, Address, Listen};
-use super::wait;
+use super::{limit, wait};
 use crate::backend::native::meet::{Meeting, VERSION};
 use crate::backend::native::transport::Watch;
 use crate::{Error, Result};
@@ -78,7 +78,7 @@ pub(crate) fn connect(
 ) -> Result<Vec<Vec<Option<OwnedFd>>>> {
     let local = at.is_local();
     let wanted = |channel: Channel, peer: usize| channel == Channel::Control || data(peer);
-    let (listener, address) = address::listen(at)
+    let (listener, address) = limit::open(|| address::listen(at))
         .map_err(|e| meeting.failed(&format!("rank {rank} cannot listen for its peers: {e}")))?;
     listener.set_nonblocking(true)?;
     let addresses: Vec<Address> = meeting.exchange(if local { "local" } else { "address" }, &address)?;
@@ -122,7 +122,7 @@ fn call(meeting: &Meeting, peer: usize, address: &Address) -> Result<Socket> {
         if left.is_zero() {
             return Err(meeting.timeout(vec![peer]));
         }
-        let (socket, at) = address.to_socket()?;
+        let (socket, at) = limit::open(|| address.to_socket())?;
         let result = match address {
             Address::Local(_) => socket.connect(&at),
             Address::Internet(_) => socket.connect_timeout(&at, left.min(Duration::from_secs(10))),
@@ -188,7 +188,7 @@ impl Desk<'_> {
             set.extend(self.callers.iter().map(|c| Watch { fd: c.socket.clone(), read: true, write: false }));
             wait(&set, None, meeting.deadline().min(now + Duration::from_millis(500)));
             drop(set);
-            self.accept(listener);
+            self.accept(listener)?;
             let callers = std::mem::take(&mut self.callers);
             for caller in callers {
                 self.hear(caller);
@@ -196,10 +196,15 @@ impl Desk<'_> {
         }
     }
 
-    fn accept(&mut self, listener: &OwnedFd) {
+    fn accept(&mut self, listener: &OwnedFd) -> Result<()> {
         let flags = rustix::net::SocketFlags::NONBLOCK | rustix::net::SocketFlags::CLOEXEC;
-        // An error means that nobody calls any more, or that the caller has hung up.
-        while let Ok(socket) = rustix::net::accept_with(listener, flags) {
+        loop {
+            let socket = match limit::open(|| Ok(rustix::net::accept_with(listener, flags)?)) {
+                Ok(socket) => socket,
+                Err(error) if error.raw_os_error().is_none() => return Err(error.into()),
+                // Nobody calls any more, or the caller has hung up.
+                Err(_) => return Ok(()),
+            };
             if self.callers.len() >= STRANGERS {
                 self.callers.remove(0);
             }

@@ -6,6 +6,7 @@ mod channel;
 mod control;
 mod data;
 mod handshake;
+mod limit;
 mod messages;
 mod stream;
 mod streams;
@@ -43,8 +44,7 @@ impl Sockets {
     pub(crate) fn new(rank: usize, tuning: Tuning, sockets: Vec<Option<OwnedFd>>) -> Result<Self> {
         let world = sockets.len();
         let wiring = Arc::new(Wiring::new(rank, world, tuning, SocketLinks::new(sockets)));
-        let wake =
-            eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(std::io::Error::from)?;
+        let wake = limit::open(|| Ok(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?))?;
         Ok(Self { wiring, wake, parked: AtomicBool::new(false), signalled: AtomicBool::new(false) })
     }
 }

@@ -211,3 +211,30 @@ fn a_stopped_rank_is_missing_at_the_timeout() {
         assert!(report.contains("timed out") && report.contains("rank 2 did not arrive"), "{report}");
     }
 }
+
+#[test]
+fn groups_open_beyond_the_number_of_descriptors_that_is_allowed_at_first() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    if std::env::var(RANK).is_err() {
+        // A process of its own: the limit is that of a whole process.
+        let name = "backend::native::tests::processes::groups_open_beyond_the_number_of_descriptors_that_is_allowed_at_first";
+        let mut child = Command::new(std::env::current_exe().unwrap());
+        child.args(["--exact", name, "--nocapture", "--test-threads=1"]).env(RANK, "0");
+        let output = child.output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        return;
+    }
+    let open = std::fs::read_dir("/proc/self/fd").unwrap().count() as u64;
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    assert!(maximum.is_none_or(|m| m > open + 200), "this test needs some descriptors");
+    setrlimit(Resource::Nofile, Rlimit { current: Some(open + 20), maximum }).unwrap();
+    // Three ranks have six sockets and more each.
+    let groups: Vec<_> =
+        (0..4).map(|_| super::ranks_with(3, |rank| options("tcp", rank), |rank| rank)).collect();
+    assert!(std::fs::read_dir("/proc/self/fd").unwrap().count() as u64 > open + 20);
+    for group in groups {
+        let ends: Vec<_> =
+            group.into_iter().map(|rank| std::thread::spawn(move || rank.shutdown().unwrap())).collect();
+        ends.into_iter().for_each(|end| end.join().unwrap());
+    }
+}

@@ -5,6 +5,7 @@ use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -24,6 +25,8 @@ const JOIN: Duration = Duration::from_secs(600);
 /// How often nodes tell each other that they live, and how long one may be silent.
 const BEAT: Duration = Duration::from_millis(500);
 const SILENT: Duration = Duration::from_secs(30);
+/// How long a node that ends tries to tell the others.
+const TELL: Duration = Duration::from_secs(10);
 /// The hidden first argument of a rank: tchrun itself, about to become the program.
 const BECOME: &str = "--become-rank-of";
 /// The first argument that makes it read flight records instead of running a program.
@@ -319,16 +322,20 @@ impl Nodes {
         news
     }
 
-    /// Tells the other nodes to end.
+    /// Tells the other nodes to end; not for longer than [`TELL`], the way to them may be cut.
     fn tell(&self, reason: &str) {
         self.over.store(true, Ordering::Relaxed);
-        if self.count > 1 {
-            let told =
-                self.keys.compare_set("failed", b"", format!("{reason} (node {})", self.node).as_bytes());
-            if told.is_ok() && self.node == 0 {
-                // The store goes with this process: let the others read.
-                thread::sleep(BEAT * 3);
-            }
+        if self.count == 1 {
+            return;
+        }
+        let (keys, words) = (self.keys.clone(), format!("{reason} (node {})", self.node));
+        let (done, told) = mpsc::channel();
+        thread::spawn(move || done.send(keys.compare_set("failed", b"", words.as_bytes()).is_ok()));
+        match told.recv_timeout(TELL) {
+            // The store goes with this process: let the others read.
+            Ok(true) if self.node == 0 => thread::sleep(BEAT * 3),
+            Ok(_) => {}
+            Err(_) => eprintln!("tchrun: could not tell the other nodes within {TELL:?}"),
         }
     }
 

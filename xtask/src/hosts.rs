@@ -22,8 +22,8 @@ const PATIENCE: Duration = Duration::from_secs(150);
 const TIMEOUT: &str = "3";
 /// Ranks that lost each other know it, and their launchers have ended, this long after at the latest.
 const SOON: Duration = Duration::from_secs(40);
-/// What a slow cable is to `tc`: a wireless network's delay and rate.
-const SLOW: [&str; 5] = ["netem", "delay", "2ms", "rate", "400mbit"];
+/// What a slow cable is to `tc`.
+const SLOW: [&str; 7] = ["tbf", "rate", "100mbit", "burst", "32kb", "latency", "50ms"];
 
 pub(crate) fn run(_: &[String]) -> Result<()> {
     on(&Hosts::new()?)
@@ -50,7 +50,7 @@ fn on(hosts: &Hosts) -> Result<()> {
 
     match hosts.slow() {
         Ok(()) => {
-            println!("every pair of factors, over a cable of 2 ms and 400 Mbit/s");
+            println!("every pair of factors, over a cable of 100 Mbit/s");
             hosts.passes(&programs, &[("TCHD_CONFORMANCE_RANKS", "launched-product")])?;
             hosts.fast()?;
         }

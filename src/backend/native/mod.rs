@@ -193,7 +193,8 @@ impl Plot<'_> {
                 let meeting = Meeting::new(&context);
                 shm::connect(&context, &meeting).map(Some).map_err(|error| match error {
                     Error::Timeout { op, seq, elapsed, missing } => {
-                        let missing = missing.into_iter().filter_map(|n| neighbours.get(n).copied()).collect();
+                        let missing =
+                            missing.into_iter().filter_map(|n| neighbours.get(n).copied()).collect();
                         Error::Timeout { op, seq, elapsed, missing }
                     }
                     other => other,
@@ -246,50 +247,8 @@ impl Plot<'_> {
     }
 }
 
-<<<<<<< HEAD
-/// Ranks on one host that share memory; control and messages go through unix sockets.
-fn shared(context: &BackendContext, meeting: &Meeting, token: u128) -> Result<Arc<dyn CollectiveBackend>> {
-    let (rank, world) = (context.rank, context.size);
-    let transport = Arc::new(shm::connect(context, meeting)?);
-    let control = [tcp::Channel::Control];
-    let mut sockets = tcp::connect(meeting, rank, world, token, &control, true, true)?;
-    let bulk = transport.bulk();
-    engine(rank, transport, sockets.pop().unwrap_or_default(), Some(bulk))
-}
-
-/// Ranks that talk through sockets.
-fn sockets(
-    context: &BackendContext,
-    meeting: &Meeting,
-    token: u128,
-    local: bool,
-    one_host: bool,
-) -> Result<Arc<dyn CollectiveBackend>> {
-    let (rank, world) = (context.rank, context.size);
-    let channels = [tcp::Channel::Data, tcp::Channel::Control];
-    let mut sockets = tcp::connect(meeting, rank, world, token, &channels, local, one_host)?;
-    let control = sockets.pop().unwrap_or_default();
-    let data = sockets.pop().unwrap_or_default();
-    engine(rank, Arc::new(tcp::Sockets::new(rank, data)?), control, None)
-}
-
-/// An engine over a transport and control connections, `control[r]` to rank r; large messages go by `bulk`, if
-/// there is such a way.
-fn engine(
-    rank: usize,
-    transport: Arc<dyn Transport>,
-    control: Vec<Option<OwnedFd>>,
-    bulk: Option<Arc<dyn Bulk>>,
-) -> Result<Arc<dyn CollectiveBackend>> {
-    let world = control.len();
-    let ledger = Arc::new(Ledger::new());
-    let control = tcp::SocketControl::new(rank, control, bulk, ledger.clone())?;
-    Ok(Arc::new(Native { engine: Engine::new(rank, world, transport, control, ledger) }))
-}
-=======
 /// A socket to each rank; `None` to this one.
 type Sockets = Vec<Option<OwnedFd>>;
->>>>>>> c8616cd (Native: hierarchy over hosts, algorithms for many ranks, thresholds as options; two hosts in CI)
 
 /// The backend of one rank in one group.
 #[derive(Debug)]

@@ -48,6 +48,8 @@ pub(crate) enum Cause {
         rank: usize,
         /// The system's words, or those it left.
         words: String,
+        /// How many calls it is known to have ended before.
+        after: u64,
     },
     /// Somebody called `abort`.
     Aborted,
@@ -70,9 +72,10 @@ impl Cause {
             Error::PeerLost { rank, source, .. } => Self::Lost {
                 rank: *rank,
                 words: source.as_ref().map(ToString::to_string).unwrap_or_default(),
+                after: 0,
             },
             Error::Poisoned { cause } => Self::of(cause, rank),
-            other => Self::Lost { rank, words: other.to_string() },
+            other => Self::Lost { rank, words: other.to_string(), after: 0 },
         }
     }
 
@@ -93,12 +96,22 @@ impl Cause {
             Self::Timeout { op, seq, elapsed, missing } => {
                 Error::Timeout { op: op.clone(), seq: *seq, elapsed: *elapsed, missing: missing.clone() }
             }
-            Self::Lost { rank, words } => Error::PeerLost {
+            Self::Lost { rank, words, .. } => Error::PeerLost {
                 rank: *rank,
                 op: ours.map_or_else(|| "no operation".to_owned(), |s| s.label()),
                 source: (!words.is_empty()).then(|| io::Error::other(words.clone())),
             },
             Self::Aborted => Error::Aborted,
+        }
+    }
+
+    /// How many calls this failure has nothing to do with: whoever is still in one of them has, or will
+    /// get, all that it needs.
+    pub(crate) fn spares(&self) -> u64 {
+        match self {
+            Self::Lost { after, .. } => *after,
+            Self::Desync { seq, .. } | Self::Disagree { seq, .. } => seq.saturating_sub(1),
+            Self::Timeout { .. } | Self::Aborted => 0,
         }
     }
 
@@ -146,6 +159,13 @@ mod tests {
             assert_eq!(odd, named);
             assert_ne!(theirs, ours);
         }
+    }
+
+    #[test]
+    fn a_failure_spares_the_calls_before_the_one_that_it_is_about() {
+        assert_eq!(Cause::Desync { seq: 9, calls: Vec::new() }.spares(), 8);
+        assert_eq!(Cause::Lost { rank: 1, words: String::new(), after: 4 }.spares(), 4);
+        assert_eq!(Cause::Aborted.spares(), 0, "an abort ends whatever there is");
     }
 
     #[test]

@@ -38,6 +38,10 @@ pub(crate) trait Control: Send + Sync {
     /// Who is still there; this rank is `Here`.
     fn presence(&self) -> Vec<Presence>;
 
+    /// Hears what peers have said by now, whatever the progress engine is doing; whether one told of a
+    /// failure, which then reaches the engine in a moment.
+    fn listen(&self) -> bool;
+
     /// Tells every peer that the group has failed.
     fn tell(&self, cause: &Cause);
 

@@ -13,6 +13,8 @@ use crate::Error;
 const GRACE: Duration = Duration::from_millis(400);
 /// How often the question is asked again.
 const AGAIN: Duration = Duration::from_millis(20);
+/// How many times as long who has withdrawn a message may take to say why: it may have to ask first.
+const WITHDRAWN: u32 = 4;
 
 /// An investigation. Meanwhile a peer may tell the cause, which then counts.
 pub(crate) struct Diagnosis {
@@ -23,6 +25,8 @@ pub(crate) struct Diagnosis {
     entered: Instant,
     until: Instant,
     ask: Instant,
+    /// Whether all that had come by `until` has been heard.
+    heard: bool,
 }
 
 impl Diagnosis {
@@ -33,10 +37,10 @@ impl Diagnosis {
         };
         let now = Instant::now();
         engine.control.ask(seq);
-        Self { finding, stamp, seq, entered, until: now + GRACE, ask: now + AGAIN }
+        let grace = if matches!(finding, Error::Aborted) { GRACE * WITHDRAWN } else { GRACE };
+        Self { finding, stamp, seq, entered, until: now + grace, ask: now + AGAIN, heard: false }
     }
 
-    /// The verdict, once there is one; the group has failed then.
     /// The failure when a message is waited for from a peer that is gone.
     pub(crate) fn absent_peer(engine: &Engine, rank: usize) -> Error {
         let words = match engine.control.presence().swap_remove(rank) {
@@ -48,12 +52,21 @@ impl Diagnosis {
         Error::PeerLost { rank, op: String::new(), source: Some(std::io::Error::other(words)) }
     }
 
+    /// The verdict, once there is one; the group has failed then.
     pub(crate) fn advance(&mut self, engine: &Engine) -> Option<Error> {
         if let Some(error) = engine.failed(Some(self.stamp)) {
             return Some(error);
         }
         let now = Instant::now();
         let late = now >= self.until;
+        if late && !self.heard {
+            // On a busy machine the progress engine may be behind: what peers have said counts first.
+            self.heard = true;
+            if engine.control.listen() {
+                self.until = now + GRACE;
+            }
+            return None;
+        }
         let (cause, error) = match &self.finding {
             Error::Desync { .. } => (self.vote(engine, late)?, None),
             Error::Timeout { .. } => (self.missing(engine, late, now)?, None),
@@ -64,7 +77,11 @@ impl Diagnosis {
                     return None;
                 }
                 let words = source.as_ref().map(ToString::to_string).unwrap_or_default();
-                (Cause::Lost { rank: *rank, words }, None)
+                let after = match engine.control.presence()[*rank] {
+                    Presence::Left(calls) | Presence::Closed(calls) => calls,
+                    Presence::Here | Presence::Lost(_) => 0,
+                };
+                (Cause::Lost { rank: *rank, words, after }, None)
             }
             // A peer withdrew: it has failed and will say why.
             Error::Aborted if !late => return None,

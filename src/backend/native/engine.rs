@@ -29,6 +29,8 @@ const FAILED: u8 = 1;
 const ABSENT: u8 = 2;
 /// This rank has shut the group down.
 const CLOSED: u8 = 4;
+/// A failure of a later call waits until the calls before it have ended.
+const REPRIEVED: u8 = 8;
 
 /// The state of one group on one rank.
 pub(crate) struct Engine {
@@ -42,6 +44,7 @@ pub(crate) struct Engine {
     /// What the progress engine runs.
     active: Mutex<Option<Active>>,
     failure: Mutex<Option<Failure>>,
+    reprieve: Mutex<Option<Reprieve>>,
     /// Whether a call on this rank has ended with the failure, or it was this rank's wish.
     told: AtomicBool,
     /// Whether the progress engine has this group on its list.
@@ -98,6 +101,13 @@ struct Failure {
     error: Arc<Error>,
 }
 
+/// A failure that leaves the call in progress alone.
+struct Reprieve {
+    cause: Cause,
+    error: Option<Arc<Error>>,
+    until: Instant,
+}
+
 /// A deadline so far away that nobody waits for it.
 fn far(from: Instant) -> Instant {
     from + Duration::from_secs(60 * 60 * 24 * 365)
@@ -105,6 +115,8 @@ fn far(from: Instant) -> Instant {
 
 /// How long a call may go on without a peer that is gone.
 const PATIENCE: Duration = Duration::from_millis(300);
+/// How long calls before the one that failed may take to end.
+const REPRIEVE: Duration = Duration::from_secs(1);
 /// How often a blocked caller looks at what peers said.
 const LOOK: Duration = Duration::from_millis(200);
 /// How long a blocked caller spins, and how long it then yields, before it sleeps.
@@ -144,6 +156,7 @@ impl Engine {
             queue: Mutex::default(),
             active: Mutex::new(None),
             failure: Mutex::new(None),
+            reprieve: Mutex::new(None),
             told: AtomicBool::new(false),
             enlisted: AtomicBool::new(false),
             transfers: AtomicBool::new(false),
@@ -178,6 +191,7 @@ impl Engine {
 
     /// Why nothing can be called: the failure, or that the group is closed.
     fn refusal(&self) -> Option<Error> {
+        self.end_reprieve(Instant::now());
         if self.flag(FAILED) {
             self.told.store(true, Ordering::SeqCst);
             let failure = self.failure.lock();
@@ -195,6 +209,11 @@ impl Engine {
 
     /// Runs a call on this thread if the group is idle; else queues it and waits.
     pub(crate) fn run(&self, call: Call<'_>) -> Result<()> {
+        if self.flag(FAILED | CLOSED | REPRIEVED)
+            && let Some(refusal) = self.refusal()
+        {
+            return Err(refusal);
+        }
         let mut queue = self.queue.lock();
         if self.flag(FAILED | CLOSED) {
             drop(queue);
@@ -217,6 +236,11 @@ impl Engine {
 
     /// Queues a call for the progress engine.
     pub(crate) fn submit(&self, call: Call<'static>, done: Completion) {
+        if self.flag(REPRIEVED)
+            && let Some(refusal) = self.refusal()
+        {
+            return done.complete(Err(refusal));
+        }
         let mut queue = self.queue.lock();
         if self.flag(FAILED | CLOSED) {
             drop(queue);
@@ -336,12 +360,58 @@ impl Engine {
     }
 
     /// The group has failed: the first cause ends everything that is pending.
-    pub(super) fn fail(&self, cause: Cause, error: Option<Arc<Error>>) -> bool {
+    ///
+    /// Unless it is about a later call than the one in progress: ranks leave a call one after another, and
+    /// who has left it may find a failure while others are still in it. What they need for it is there.
+    pub(super) fn fail(&self, cause: Cause, error: Option<Arc<Error>>) {
+        let mut reprieve = self.reprieve.lock();
+        match reprieve.take() {
+            Some(first) if !self.spared(&cause) => {
+                drop(reprieve);
+                self.fail_now(first.cause, first.error);
+            }
+            Some(first) => *reprieve = Some(first),
+            None if self.spared(&cause) && !self.flag(FAILED) => {
+                *reprieve = Some(Reprieve { cause, error, until: Instant::now() + REPRIEVE });
+                self.flags.fetch_or(REPRIEVED, Ordering::SeqCst);
+                drop(reprieve);
+                self.enlist();
+            }
+            None => {
+                drop(reprieve);
+                self.fail_now(cause, error);
+            }
+        }
+    }
+
+    /// Whether the call in progress has nothing to do with a failure.
+    fn spared(&self, cause: &Cause) -> bool {
+        let completed = self.ledger.completed();
+        completed < self.ledger.entered() && completed < cause.spares()
+    }
+
+    /// Lets a failure happen that has waited long enough; when to look again.
+    fn end_reprieve(&self, now: Instant) -> Option<Instant> {
+        if !self.flag(REPRIEVED) {
+            return None;
+        }
+        let mut reprieve = self.reprieve.lock();
+        let first = reprieve.take()?;
+        if now < first.until && self.spared(&first.cause) {
+            *reprieve = Some(first);
+            return Some(now + Duration::from_millis(1));
+        }
+        drop(reprieve);
+        self.fail_now(first.cause, first.error);
+        None
+    }
+
+    fn fail_now(&self, cause: Cause, error: Option<Arc<Error>>) {
         let error = error.unwrap_or_else(|| cause.shared(self.rank, None));
         {
             let mut failure = self.failure.lock();
             if failure.is_some() {
-                return false;
+                return;
             }
             *failure = Some(Failure { cause: cause.clone(), error: error.clone() });
         }
@@ -361,7 +431,6 @@ impl Engine {
         }
         self.control.fail_transfers(&error);
         progress::nudge();
-        true
     }
 
     /// The failure as the call of this stamp sees it.
@@ -587,13 +656,19 @@ impl Task for Engine {
             return Turn::Moved;
         }
         let now = Instant::now();
-        let watched = [self.watch_pending(now), self.watch_transfers(now), self.watch_absent(now)];
+        let watched = [
+            self.watch_pending(now),
+            self.watch_transfers(now),
+            self.watch_absent(now),
+            self.end_reprieve(now),
+        ];
         until = watched.into_iter().chain([until]).flatten().min();
         if idle && until.is_none() {
             self.enlisted.store(false, Ordering::SeqCst);
             // Whoever came before the flag was down relied on this turn.
+            let failing = self.watch_absent(now).or(self.end_reprieve(now)).is_some();
             let queue = self.queue.lock();
-            let more = !queue.pending.is_empty() || self.transfers.load(Ordering::SeqCst);
+            let more = failing || !queue.pending.is_empty() || self.transfers.load(Ordering::SeqCst);
             if !more || self.enlisted.swap(true, Ordering::SeqCst) {
                 let close = !more && !queue.taken && self.dropped.load(Ordering::SeqCst);
                 drop(queue);

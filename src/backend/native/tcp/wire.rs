@@ -95,7 +95,8 @@ pub(super) fn encode_note(note: &Note) -> Vec<u8> {
     let body = match postcard::to_stdvec(note) {
         Ok(body) if body.len() <= LONGEST => body,
         _ => {
-            let cause = Cause::Lost { rank: usize::MAX, words: "a failure too long to tell".to_owned() };
+            let cause =
+                Cause::Lost { rank: usize::MAX, words: "a failure too long to tell".to_owned(), after: 0 };
             postcard::to_stdvec(&Note::Failed(cause)).unwrap_or_default()
         }
     };
@@ -115,5 +116,46 @@ mod tests {
         assert_eq!(decode_head(&bytes), Some(head));
         assert_eq!(decode_head(&[0; HEAD]), None);
         assert_eq!(decode_head(&bytes[..HEAD - 1]), None);
+    }
+
+    #[test]
+    fn a_note_reads_as_it_was_written_and_no_garbage_does_harm() {
+        let calls = vec![Some(1 << 90), None];
+        let note = Note::Failed(Cause::Desync { seq: 3, calls });
+        let bytes = encode_note(&note);
+        assert_eq!(bytes[..4], (bytes.len() as u32 - 4).to_le_bytes());
+        assert!(matches!(postcard::from_bytes(&bytes[4..]), Ok(Note::Failed(Cause::Desync { seq: 3, .. }))));
+        // Cut short, and with any one byte changed, it is another note or none.
+        for at in 4..bytes.len() {
+            assert!(postcard::from_bytes::<Note>(&bytes[4..at]).is_err());
+            for byte in [0, 1, 0x7f, 0xff] {
+                let mut damaged = bytes[4..].to_vec();
+                damaged[at - 4] = byte;
+                let _ = postcard::from_bytes::<Note>(&damaged);
+            }
+        }
+    }
+
+    #[test]
+    fn a_cause_that_is_too_long_is_cut() {
+        let cause = Cause::Lost { rank: 1, words: "x".repeat(2 * LONGEST), after: 0 };
+        let bytes = encode_note(&Note::Failed(cause));
+        assert!(bytes.len() <= LONGEST + 4);
+        assert!(matches!(postcard::from_bytes(&bytes[4..]), Ok(Note::Failed(Cause::Lost { .. }))));
+    }
+
+    #[test]
+    fn bytes_are_scattered_over_pieces_from_any_place_on() {
+        let bytes: Vec<u8> = (1..=6).collect();
+        for at in 0..=3 {
+            let (mut a, mut b, mut c) = ([0u8; 2], [0u8; 3], [0u8; 4]);
+            let pieces = [&mut a[..], &mut b[..], &mut c[..]]
+                .map(|memory| Piece { ptr: memory.as_mut_ptr(), len: memory.len() });
+            // SAFETY: 9 bytes, of which 6 are written from byte `at` on.
+            unsafe { scatter(&bytes, &pieces, at) };
+            let mut expected = [0; 9];
+            expected[at..at + 6].copy_from_slice(&bytes);
+            assert_eq!([&a[..], &b[..], &c[..]].concat(), expected);
+        }
     }
 }

@@ -167,6 +167,11 @@ impl Control for Seat {
         presence
     }
 
+    fn listen(&self) -> bool {
+        // Who says something calls the listener itself.
+        false
+    }
+
     fn tell(&self, cause: &Cause) {
         for (_, place) in self.others() {
             if let Some(listener) = place.listener() {

@@ -101,6 +101,10 @@ pub(crate) struct TcpStoreOptions {
     pub(crate) timeout: Duration,
 }
 
+/// How long another connection to a server that has answered may take at least, however short the time
+/// for keys to come is.
+const CONNECT_MS: i64 = 5000;
+
 /// A store of libtorch. `Send` and `Sync`: any number of threads may use one at once.
 ///
 /// A `TCPStore` locks its connection for the whole of a waiting `get`. So each call here takes an
@@ -197,7 +201,8 @@ impl C10dStore {
             Some(connection) => connection,
             None => {
                 tcp.knock()?;
-                ffi::tcp_store(&tcp.host, tcp.port, false, -1, false, false, timeout).map_err(text)?
+                let patience = timeout.max(CONNECT_MS);
+                ffi::tcp_store(&tcp.host, tcp.port, false, -1, false, false, patience).map_err(text)?
             }
         };
         // Only a connection that answered goes back: after an error its state is unknown.

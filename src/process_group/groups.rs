@@ -12,7 +12,7 @@ use std::time::Duration;
 use super::ProcessGroup;
 
 use super::spec::{BackendSpec, Backends};
-use super::state::{Inner, Parts, Universe};
+use super::state::{AGREEMENT, Inner, Parts, Universe};
 use crate::backend::{BackendContext, CollectiveBackend, factory};
 use crate::rendezvous::this_host;
 use crate::store::{PrefixStore, Store};
@@ -111,6 +111,7 @@ pub(super) fn form(mut formation: Formation) -> Result<ProcessGroup> {
 /// Makes the group's backends.
 fn assemble(formation: Formation) -> Result<ProcessGroup> {
     let (cpu, cuda) = formation.spec.resolve()?;
+    formation.universe.sweep();
     agree(&formation)?;
     let count_hosts = formation.world && !formation.universe.knows_local_rank();
     if count_hosts {
@@ -229,7 +230,7 @@ fn agree(formation: &Formation) -> Result<()> {
     ];
     let mine = fields.iter().map(|(_, value)| value.as_str()).collect::<Vec<_>>().join("\n");
     let mine = format!("{mine}\n{}", formation.rank);
-    let first = formation.store.compare_set("tchd/group", b"", mine.as_bytes())?;
+    let first = formation.store.compare_set(AGREEMENT, b"", mine.as_bytes())?;
     let first = String::from_utf8_lossy(&first);
     let theirs: Vec<&str> = first.split('\n').collect();
     let other = theirs.get(fields.len()).copied().unwrap_or("?");

@@ -165,7 +165,9 @@ fn replace_default(new: Option<ProcessGroup>) -> Option<ProcessGroup> {
 /// # Errors
 /// `AlreadyInitialized`; `MissingArgument` when rank or world size is neither given nor in the
 /// environment; `RankOutOfRange`; `InvalidArgument` for a store together with an init method;
-/// `UnknownBackend`, `BackendUnavailable`; `Rendezvous` or `Timeout` when the ranks do not meet.
+/// `UnknownBackend`, `BackendUnavailable`; `Rendezvous` or `Timeout` when the ranks do not meet;
+/// `Rendezvous` at once when two processes or threads claim one rank, or another thread of this process
+/// is in this function.
 ///
 /// ```
 /// use tch_distributed as dist;
@@ -178,9 +180,18 @@ fn replace_default(new: Option<ProcessGroup>) -> Option<ProcessGroup> {
 /// ```
 pub fn init_process_group(backend: impl Into<BackendSpec>, options: InitOptions) -> Result<ProcessGroup> {
     let in_process = SCOPE.with_borrow(|scope| matches!(scope, Scope::Process));
-    let _making = in_process.then(|| MAKING.lock());
+    let making = in_process.then(|| MAKING.try_lock());
     if default_group().is_some() {
         return Err(Error::AlreadyInitialized);
+    }
+    if let Some(None) = making {
+        // That one waits for ranks, maybe for this one: it must not be waited for.
+        return Err(Error::Rendezvous {
+            reason:
+                "another thread of this process is in init_process_group: a process is one rank, with one \
+                     default group; ranks that are threads are made by testing::run_threads"
+                    .to_owned(),
+        });
     }
     let group = form_world(backend.into(), options)?;
     replace_default(Some(group.clone()));
@@ -218,7 +229,7 @@ fn form_world(spec: BackendSpec, options: InitOptions) -> Result<ProcessGroup> {
         store: Arc::new(base),
         spec,
         timeout,
-        universe: Universe::new(met.rank, met.world_size, local_rank),
+        universe: Universe::new(met.rank, met.world_size, local_rank, met.claim),
         detail,
         world: true,
     })
@@ -240,6 +251,7 @@ fn default_timeout(spec: &BackendSpec) -> Duration {
 /// A failure that a caller was told before is no second error.
 pub fn destroy_process_group() -> Result<()> {
     let group = replace_default(None).ok_or(Error::NotInitialized)?;
+    group.inner.universe.leave();
     let mut outcome = Ok(());
     for group in group.inner.universe.groups().iter().rev() {
         let ended = group.destroy();

@@ -9,12 +9,16 @@ use parking_lot::Mutex;
 
 use super::spec::{BackendSpec, Backends};
 use crate::profile::{self, GroupInstrument, RankInstrument};
+use crate::rendezvous::Claim;
 use crate::store::Store;
 use crate::{Error, Result};
 
 const USABLE: u8 = 0;
 const FAILED: u8 = 1;
 const DESTROYED: u8 = 2;
+
+/// The key under which the ranks of a group agree on what it is.
+pub(super) const AGREEMENT: &str = "tchd/group";
 
 /// One group, shared by all its handles.
 pub(super) struct Inner {
@@ -48,6 +52,10 @@ pub(super) struct Inner {
 /// All groups of one rank that come from one `init_process_group`.
 pub(super) struct Universe {
     live: Mutex<Vec<Weak<Inner>>>,
+    /// Stores of groups that are gone, in which a key of theirs is left.
+    left_behind: Mutex<Vec<Arc<dyn Store>>>,
+    /// This rank's number in the world, until it leaves.
+    claim: Mutex<Option<Claim>>,
     /// Unknown at first where the ranks have met as PyTorch's do.
     local_rank: OnceCell<usize>,
     /// This rank in the world.
@@ -57,11 +65,24 @@ pub(super) struct Universe {
 }
 
 impl Universe {
-    pub(super) fn new(rank: usize, world_size: usize, local_rank: Option<usize>) -> Arc<Self> {
+    pub(super) fn new(
+        rank: usize,
+        world_size: usize,
+        local_rank: Option<usize>,
+        claim: Option<Claim>,
+    ) -> Arc<Self> {
         let instrument = Arc::<RankInstrument>::default();
         profile::dump_on_signal(&instrument, rank, world_size);
         let local_rank = local_rank.map_or_else(OnceCell::new, OnceCell::with_value);
-        Arc::new(Self { live: Mutex::default(), local_rank, rank, world_size, instrument })
+        Arc::new(Self {
+            live: Mutex::default(),
+            left_behind: Mutex::default(),
+            claim: Mutex::new(claim),
+            local_rank,
+            rank,
+            world_size,
+            instrument,
+        })
     }
 
     /// This rank among those of its host.
@@ -88,6 +109,21 @@ impl Universe {
         let mut live = self.live.lock();
         live.retain(|g| g.strong_count() > 0);
         live.push(Arc::downgrade(group));
+    }
+
+    /// Deletes what groups that are gone have left in their stores. Not done where they go: a handle may be
+    /// dropped anywhere, and a store may be slow.
+    pub(super) fn sweep(&self) {
+        for store in std::mem::take(&mut *self.left_behind.lock()) {
+            if let Err(error) = store.delete(AGREEMENT) {
+                tracing::debug!(%error, "a key stays in the store");
+            }
+        }
+    }
+
+    /// This rank leaves the world: its number is free.
+    pub(super) fn leave(&self) {
+        self.claim.lock().take();
     }
 
     /// The groups that still exist, in the order they were made.
@@ -269,6 +305,9 @@ impl Drop for Inner {
         // Other groups' entries go with the next group that is made; this keeps the list short when
         // none is.
         self.universe.live.lock().retain(|g| g.strong_count() > 0);
+        if self.rank == 0 {
+            self.universe.left_behind.lock().push(self.store.clone());
+        }
     }
 }
 

@@ -12,7 +12,8 @@
 //! | `<generation>/…` | the world | its own keys |
 //!
 //! A world that ends and one that begins anew in the same processes are two generations. A generation
-//! that another process has claimed before is a rank number claimed twice.
+//! that another process has claimed before is a rank number claimed twice, and so is one that another
+//! thread of this process has claimed and not left.
 
 use std::io;
 use std::sync::Arc;
@@ -22,6 +23,7 @@ use std::time::Duration;
 use once_cell::sync::Lazy;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
+use super::claim::Claim;
 use super::patience::Patience;
 use crate::launch::nonce;
 use crate::store::wire::Wire;
@@ -44,6 +46,8 @@ pub(super) struct Hello {
     pub(super) host: String,
     pub(super) pid: u32,
     pub(super) process: String,
+    /// Which claim of its process it is.
+    pub(super) claim: u64,
 }
 
 /// How a meeting ended.
@@ -69,10 +73,17 @@ pub(super) fn failed(reason: impl Into<String>) -> Error {
 }
 
 impl Hello {
-    pub(super) fn new(world_size: usize, backend: String, group_name: String, run_id: String) -> Self {
+    pub(super) fn new(
+        world_size: usize,
+        backend: String,
+        group_name: String,
+        run_id: String,
+        claim: &Claim,
+    ) -> Self {
         let host = this_host();
         let (pid, process) = (std::process::id(), PROCESS.clone());
-        Self { world_size, backend, group_name, run_id, host, pid, process }
+        let claim = claim.number();
+        Self { world_size, backend, group_name, run_id, host, pid, process, claim }
     }
 
     fn place(&self) -> String {
@@ -278,13 +289,17 @@ impl<'a> Meeting<'a> {
             }
         };
         match earlier {
-            Some(earlier) if earlier.process == self.hello.process => Ok(generation),
+            Some(earlier) if earlier.process == self.hello.process && !Claim::holds(earlier.claim) => {
+                Ok(generation)
+            }
             earlier => {
                 // The number stays with the one who had it.
                 self.base.add(&counter, -1)?;
+                let twins = earlier.as_ref().is_some_and(|earlier| earlier.process == self.hello.process);
                 let other = earlier.as_ref().map_or_else(|| "another process".to_owned(), Hello::place);
                 let mut reason = format!(
-                    "two processes claim rank {}: {other}, and {}; each rank needs a number of its own",
+                    "two {} claim rank {}: {other}, and {}; each rank needs a number of its own",
+                    if twins { "threads" } else { "processes" },
                     self.rank,
                     self.hello.place()
                 );

@@ -3,6 +3,7 @@
 //! Whatever can be seen to be wrong is an error before anything is waited for. A wait says after ten
 //! seconds, and then every thirty, which ranks it is for.
 
+mod claim;
 pub(crate) mod environment;
 mod hello;
 pub(crate) mod patience;
@@ -17,6 +18,7 @@ use std::time::Duration;
 use once_cell::sync::Lazy;
 use parking_lot::Mutex;
 
+pub(crate) use claim::Claim;
 use environment::Lookup;
 use hello::{Hello, Meeting, Venue, failed, mixed};
 pub(crate) use hello::{list, this_host};
@@ -51,6 +53,8 @@ pub(crate) struct Rendezvous {
     pub(crate) world_size: usize,
     /// Among the ranks of this host: from the launcher, or counted. `None` where nobody can tell.
     pub(crate) local_rank: Option<usize>,
+    /// This rank's number among the threads of this process; held until the rank leaves the world.
+    pub(crate) claim: Option<Claim>,
 }
 
 /// The stores that this process serves: those of worlds that live, and the last one. That outlives its world:
@@ -110,7 +114,7 @@ fn rendezvous_in(request: RendezvousRequest, env: Lookup<'_>) -> Result<Rendezvo
     let local_rank = environment::local_rank(env)?;
     if world_size == 1 {
         let store = request.store.unwrap_or_else(|| Arc::new(HashStore::new()));
-        return Ok(Rendezvous { store, rank, world_size, local_rank: local_rank.or(Some(0)) });
+        return Ok(Rendezvous { store, rank, world_size, local_rank: local_rank.or(Some(0)), claim: None });
     }
     let venue = |store, served, name| Venue { store, served, name, restarts: environment::restarts(env) };
     let venue = match request.store.clone() {
@@ -141,12 +145,15 @@ fn rendezvous_in(request: RendezvousRequest, env: Lookup<'_>) -> Result<Rendezvo
             Some(store) => store,
             None => Arc::new(PrefixStore::new("default_pg", venue.store)),
         };
-        return Ok(Rendezvous { store, rank, world_size, local_rank });
+        return Ok(Rendezvous { store, rank, world_size, local_rank, claim: None });
     }
-    let hello = Hello::new(world_size, request.backend_name, request.group_name, environment::run_id(env));
+    let claim = Claim::new();
+    let hello =
+        Hello::new(world_size, request.backend_name, request.group_name, environment::run_id(env), &claim);
     let met = Meeting::new(&venue, rank, hello, request.timeout).run()?;
     let counted = met.hosts.get(rank).map(|own| met.hosts[..rank].iter().filter(|host| *host == own).count());
-    Ok(Rendezvous { store: met.store, rank, world_size, local_rank: local_rank.or(counted) })
+    let local_rank = local_rank.or(counted);
+    Ok(Rendezvous { store: met.store, rank, world_size, local_rank, claim: Some(claim) })
 }
 
 /// What was given in the options or in the address, if not both differently.
@@ -195,20 +202,23 @@ fn tcp(
 }
 
 fn serve(host: &str, port: u16, request: &RendezvousRequest) -> Result<Arc<TcpStore>> {
-    let mut served = SERVED.lock();
-    let own = served.iter().find(|own| own.store.port() == port);
-    if let Some(own) = own.filter(|own| own.pytorch_keys == request.pytorch_keys) {
-        own.store.set_timeout(request.timeout);
-        return Ok(own.store.clone());
-    }
-    // Ranks of the two sorts must not meet.
-    served.retain(|own| own.store.port() != port && Arc::strong_count(&own.store) > 1);
-    match TcpStore::server(host, port, request.timeout) {
-        Ok(store) => {
-            let store = Arc::new(store);
-            served.push(Served { store: store.clone(), pytorch_keys: request.pytorch_keys, joined: 0 });
-            Ok(store)
+    let made = {
+        // Held while a socket is bound, and no longer: other worlds of this process want to serve too.
+        let mut served = SERVED.lock();
+        let own = served.iter().find(|own| own.store.port() == port);
+        if let Some(own) = own.filter(|own| own.pytorch_keys == request.pytorch_keys) {
+            own.store.set_timeout(request.timeout);
+            return Ok(own.store.clone());
         }
+        // Ranks of the two sorts must not meet.
+        served.retain(|own| own.store.port() != port && Arc::strong_count(&own.store) > 1);
+        let made = TcpStore::server(host, port, request.timeout).map(Arc::new);
+        if let Ok(store) = &made {
+            served.push(Served { store: store.clone(), pytorch_keys: request.pytorch_keys, joined: 0 });
+        }
+        made
+    };
+    match made {
         Err(Error::Store { reason, .. }) => {
             // Another rank 0 of this job? Then both are to know.
             if !request.pytorch_keys
@@ -220,7 +230,7 @@ fn serve(host: &str, port: u16, request: &RendezvousRequest) -> Result<Arc<TcpSt
             }
             Err(failed(format!("rank 0 cannot serve the store at {}: {reason}", address(host, port))))
         }
-        Err(error) => Err(error),
+        made => made,
     }
 }
 

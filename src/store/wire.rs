@@ -137,8 +137,9 @@ impl Wire {
     fn attempt(address: &SocketAddr, left: Duration) -> io::Result<Self> {
         let stream = TcpStream::connect_timeout(address, left.min(Duration::from_secs(5)))?;
         stream.set_nodelay(true)?;
-        stream.set_read_timeout(Some(ANSWER))?;
-        stream.set_write_timeout(Some(ANSWER))?;
+        let patience = ANSWER.min(left);
+        stream.set_read_timeout(Some(patience))?;
+        stream.set_write_timeout(Some(patience))?;
         // A connection to oneself: the kernel picked the very port that nobody listens on.
         if stream.local_addr()? == *address {
             return Err(io::ErrorKind::ConnectionRefused.into());
@@ -152,7 +153,7 @@ impl Wire {
         // In one piece: a server reads these in one go.
         wire.0.write_all(&hello)?;
         let answer: [u8; 4] = wire.read().map_err(|error| match error.kind() {
-            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => io::Error::new(
+            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut if patience == ANSWER => io::Error::new(
                 io::ErrorKind::InvalidData,
                 "something that is not a store listens there: it is silent",
             ),
@@ -162,6 +163,8 @@ impl Wire {
             let text = "something that is not a store listens there: it gave a wrong answer";
             return Err(io::Error::new(io::ErrorKind::InvalidData, text));
         }
+        wire.0.set_read_timeout(Some(ANSWER))?;
+        wire.0.set_write_timeout(Some(ANSWER))?;
         Ok(wire)
     }
 

@@ -152,7 +152,12 @@ impl World {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+    use std::time::{Duration, Instant};
+
     use super::run_threads;
+    use crate::process_group::{InitOptions, destroy_process_group, init_process_group};
+    use crate::store::HashStore;
     use crate::{Error, is_initialized, rank};
     use std::panic::catch_unwind;
 
@@ -205,5 +210,33 @@ mod tests {
         })
         .unwrap_err();
         assert_eq!(panic.downcast_ref::<&str>(), Some(&"my own words"));
+    }
+
+    #[test]
+    fn two_ranks_that_claim_one_number_are_both_told_at_once() {
+        let (store, begin) = (Arc::new(HashStore::new()), Instant::now());
+        let errors = run_threads(2, |_| {
+            destroy_process_group().unwrap();
+            let options = InitOptions::new().store(store.clone()).rank(1).world_size(2);
+            init_process_group("native", options).unwrap_err().to_string()
+        });
+        assert!(errors.iter().all(|text| text.contains("two threads claim rank 1")), "{errors:?}");
+        assert!(begin.elapsed() < Duration::from_secs(20));
+    }
+
+    #[test]
+    fn threads_of_a_process_that_want_to_be_ranks_are_told_how() {
+        let (store, begin) = (Arc::new(HashStore::new()), Instant::now());
+        let texts: Vec<String> = std::thread::scope(|scope| {
+            let join = |rank| {
+                let options = InitOptions::new().store(store.clone()).rank(rank).world_size(2);
+                init_process_group("native", options.timeout(Duration::from_secs(2))).unwrap_err().to_string()
+            };
+            let ranks = [0, 1].map(|rank| scope.spawn(move || join(rank)));
+            ranks.map(|rank| rank.join().unwrap()).into()
+        });
+        assert!(texts.iter().any(|text| text.contains("testing::run_threads")), "{texts:?}");
+        assert!(texts.iter().any(|text| text.contains("did not come")), "{texts:?}");
+        assert!(begin.elapsed() < Duration::from_secs(20));
     }
 }

@@ -1,5 +1,6 @@
 //! How the ranks of a new group find one another: what each says of itself through the store.
 
+use std::cell::RefCell;
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
 use std::sync::Arc;
@@ -67,6 +68,8 @@ pub(super) struct Meeting {
     group: String,
     started: Instant,
     deadline: Instant,
+    /// What the ranks leave in the store.
+    keys: RefCell<Vec<String>>,
 }
 
 impl Meeting {
@@ -80,6 +83,7 @@ impl Meeting {
             group: context.group_name.clone(),
             started,
             deadline: started + context.timeout.min(long),
+            keys: RefCell::default(),
         }
     }
 
@@ -97,6 +101,7 @@ impl Meeting {
         let bytes = postcard::to_stdvec(ours).map_err(|e| self.failed(&e.to_string()))?;
         self.store.set(&key(self.rank), &bytes)?;
         let keys: Vec<String> = (0..self.size).map(key).collect();
+        self.leaves(&keys);
         let names: Vec<&str> = keys.iter().map(String::as_str).collect();
         self.await_all(&names, &|rank| rank)?;
         names
@@ -155,6 +160,27 @@ impl Meeting {
         let words = format!("rank {} gave up: {reason}", self.rank);
         if let Err(error) = self.store.compare_set(GIVEN_UP, b"", words.as_bytes()) {
             tracing::debug!("cannot tell the other ranks that the group is not to be: {error}");
+        }
+    }
+
+    /// Remembers keys that are of no use once the group is there.
+    pub(super) fn leaves(&self, keys: &[String]) {
+        self.keys.borrow_mut().extend_from_slice(keys);
+    }
+
+    /// The group is there. The last rank to say so sweeps up: nobody reads any more.
+    pub(super) fn adjourn(&self) {
+        const UP: &str = "native/up";
+        let swept = self.store.add(UP, 1).and_then(|up| {
+            if up < self.size as i64 {
+                return Ok(());
+            }
+            let keys = self.keys.borrow();
+            keys.iter().map(String::as_str).chain([UP]).try_for_each(|key| self.store.delete(key).map(|_| ()))
+        });
+        if let Err(error) = swept {
+            // A store that is gone, or that cannot delete, keeps them; the group does not need it.
+            tracing::debug!(group = self.group, %error, "keys stay in the store");
         }
     }
 

@@ -93,8 +93,9 @@ struct Plot<'a> {
 fn create_with(context: BackendContext, options: Options) -> Result<Arc<dyn CollectiveBackend>> {
     let meeting = Meeting::new(&context);
     let made = create_at(&meeting, &context, options);
-    if let Err(error) = &made {
-        meeting.give_up(error);
+    match &made {
+        Ok(_) => meeting.adjourn(),
+        Err(error) => meeting.give_up(error),
     }
     made
 }

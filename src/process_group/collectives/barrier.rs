@@ -92,6 +92,14 @@ impl ProcessGroup {
             }
         };
         if missing.is_empty() {
+            // The last to know sweeps up.
+            if store.add(&key("known"), 1)? == self.size() as i64 {
+                for rank in 0..self.size() {
+                    store.delete(&key(&rank.to_string()))?;
+                }
+                store.delete(&verdict)?;
+                store.delete(&key("known"))?;
+            }
             return Ok(());
         }
         let op = "monitored_barrier".to_owned();

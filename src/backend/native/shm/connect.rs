@@ -25,6 +25,9 @@ const CHUNK_MOST: usize = 4 << 20;
 /// Overrides [`CHUNK`].
 const CHUNK_VARIABLE: &str = "TCH_DISTRIBUTED_SHM_CHUNK";
 
+/// Where rank 0 says what it made.
+const SEGMENT: &str = "shm/segment";
+
 static RESERVED: AtomicUsize = AtomicUsize::new(0);
 
 /// A part of the budget.
@@ -71,6 +74,7 @@ pub(super) fn affordable(ranks: usize) -> usize {
 /// already: then another transport is needed. What the meeting fails with.
 pub(crate) fn connect(context: &BackendContext, meeting: &Meeting) -> Result<SharedMemory> {
     let ranks = context.size;
+    meeting.leaves(&[SEGMENT.to_owned()]);
     // What this rank can afford, and the name of its door: none where it has none.
     let name = format!("tch-distributed/{:x}{:x}", nonce(), nonce());
     let door = Door::new(&name).ok();
@@ -90,16 +94,16 @@ pub(crate) fn connect(context: &BackendContext, meeting: &Meeting) -> Result<Sha
                 let nonce = segment.sign(nonce());
                 let process = std::process::id();
                 let words = format!("{process} {} {chunk} {nonce}", descriptor.as_raw_fd());
-                context.store.set("shm/segment", words.as_bytes())?;
+                context.store.set(SEGMENT, words.as_bytes())?;
                 (Ok(segment), Some(descriptor))
             }
             Err(e) => {
-                context.store.set("shm/segment", b"")?;
+                context.store.set(SEGMENT, b"")?;
                 (Err(e), None)
             }
         }
     } else {
-        (open(ranks, &meeting.get("shm/segment", 0)?), None)
+        (open(ranks, &meeting.get(SEGMENT, 0)?), None)
     };
     // All or none.
     let refusal = attempt.as_ref().err().map(|reason| format!("rank {}: {reason}", context.rank));

@@ -42,12 +42,27 @@ fn sum(group: &tch_distributed::ProcessGroup) -> Result<()> {
     group.all_reduce(&mut Tensor::from_slice(&[1.0f32]), ReduceOp::Sum)
 }
 
+/// What this process holds: descriptors, threads, and mappings of shared memory of ours.
+fn holdings() -> [usize; 3] {
+    let entries = |folder: &str| std::fs::read_dir(folder).unwrap().count();
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    let segments = maps.lines().filter(|line| line.contains("memfd:tch-distributed")).count();
+    [entries("/proc/self/fd"), entries("/proc/self/task"), segments]
+}
+
 /// One of three ranks.
 fn rank(rank: usize, place: &Path) {
     let options = |file: &str, rank: usize, size: usize| {
         let store = FileStore::new(place.join(file)).unwrap();
         InitOptions::new().store(store).rank(rank).world_size(size).timeout(Duration::from_secs(60))
     };
+    // What a world leaves behind that ends well is the measure.
+    let world = init_process_group("native", options("before", rank, 3)).unwrap();
+    sum(&world).unwrap();
+    drop(world);
+    destroy_process_group().unwrap();
+    std::thread::sleep(Duration::from_millis(1200));
+    let before = holdings();
     let world = init_process_group("native", options("first", rank, 3)).unwrap();
     let pairs = [[0, 1], [1, 2], [0, 2]].map(|ranks| world.new_group(&ranks).unwrap());
     for group in std::iter::once(&world).chain(pairs.iter().flatten()) {
@@ -73,7 +88,17 @@ fn rank(rank: usize, place: &Path) {
     // Those who are left, again.
     let again = init_process_group("native", options("second", rank / 2, 2)).unwrap();
     sum(&again).unwrap();
+    drop((world, pairs, again));
     destroy_process_group().unwrap();
+    let limit = Instant::now() + Duration::from_secs(10);
+    while holdings().iter().zip(before).any(|(&now, before)| now > before) {
+        assert!(
+            Instant::now() < limit,
+            "{before:?} descriptors, threads and segments became {:?}",
+            holdings()
+        );
+        std::thread::sleep(Duration::from_millis(20));
+    }
     std::fs::write(place.join(format!("done-{rank}")), "").unwrap();
 }
 

@@ -16,7 +16,7 @@ use super::{cases, custom_backend, plain_backend, programs};
 pub const LIMIT: Duration = Duration::from_secs(100);
 
 /// Backends of this suite's own, known by name like any other.
-fn know_our_own() {
+pub fn know_our_own() {
     if !is_backend_available("plain") {
         // Another test of this process may have been first.
         let _ = register_backend("native-tcp", |context| native::create_over(context, "tcp"));
@@ -38,15 +38,26 @@ pub fn world<T: Send>(backend: &str, size: usize, body: impl Fn(ProcessGroup) ->
 
 /// Runs cases of the product, all in one world; gives how many ran, or the first that failed.
 pub fn run_product(backend: &str, size: usize, list: &[Case]) -> usize {
-    let failures = world(backend, size, |group| product_on(&group, list)).concat();
+    let ran = world(backend, size, |group| product_on(&group, list));
+    let failures: Vec<_> = ran.into_iter().flat_map(|ran| ran.failures).collect();
     assert_no_failures(&failures, backend, size);
     list.len()
 }
 
-/// Runs cases of the product on a group; what went wrong on this rank.
-pub fn product_on(group: &ProcessGroup, list: &[Case]) -> Vec<(Case, String)> {
-    let mut failures = Vec::new();
+/// What became of cases of the product on one rank.
+#[derive(Default)]
+pub struct Ran {
+    /// How many ran: after an error of the group itself none does.
+    pub cases: usize,
+    /// What went wrong.
+    pub failures: Vec<(Case, String)>,
+}
+
+/// Runs cases of the product on a group.
+pub fn product_on(group: &ProcessGroup, list: &[Case]) -> Ran {
+    let (mut cases, mut failures) = (0, Vec::new());
     for case in list {
+        cases += 1;
         match product::run(*case, group) {
             Ok(Ok(())) => {}
             Ok(Err(wrong)) => failures.push((*case, wrong)),
@@ -57,7 +68,7 @@ pub fn product_on(group: &ProcessGroup, list: &[Case]) -> Vec<(Case, String)> {
             }
         }
     }
-    failures
+    Ran { cases, failures }
 }
 
 pub fn assert_no_failures(failures: &[(Case, String)], backend: &str, size: usize) {
@@ -90,9 +101,18 @@ pub fn run_in_process(backend: &str, failures: bool) {
     know_our_own();
     let group = init_process_group(backend, InitOptions::new().timeout(LIMIT)).unwrap();
     let size = group.size();
-    assert_no_failures(&product_on(&group, &product::pairwise()), backend, size);
+    assert_no_failures(&product_on(&group, &product::pairwise()).failures, backend, size);
+    run_cases_on(&group, failures);
+    programs::run_on(&group, 12);
+    destroy_process_group().unwrap();
+}
+
+/// Runs every named case, each in a group of its own; how many.
+pub fn run_cases_on(group: &ProcessGroup, failures: bool) -> usize {
+    let size = group.size();
     let all: Vec<usize> = (0..size).collect();
-    for case in cases::all(failures).into_iter().filter(|case| case.ranks <= size) {
+    let list: Vec<_> = cases::all(failures).into_iter().filter(|case| case.ranks <= size).collect();
+    for case in &list {
         // Printed by the harness only where a case fails.
         println!("case {}", case.name);
         let own = group.new_group(&all).unwrap().unwrap();
@@ -102,8 +122,7 @@ pub fn run_in_process(backend: &str, failures: bool) {
         (case.body)(&own);
         own.destroy().unwrap();
     }
-    programs::run_on(&group, 12);
-    destroy_process_group().unwrap();
+    list.len()
 }
 
 /// Modules of tests, one for each backend: ranks as threads, and where the backend can, as processes.

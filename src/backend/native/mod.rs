@@ -192,7 +192,8 @@ impl Plot<'_> {
                 let store = Arc::new(PrefixStore::new(prefix, self.context.store.clone()));
                 let context = BackendContext { store, rank: number, size, ..self.context.clone() };
                 let meeting = Meeting::new(&context);
-                shm::connect(&context, &meeting).map(Some).map_err(|error| match error {
+                let shared = shm::connect(&context, &meeting).inspect(|_| meeting.adjourn());
+                shared.map(Some).map_err(|error| match error {
                     Error::Timeout { op, seq, elapsed, missing } => {
                         let missing =
                             missing.into_iter().filter_map(|n| neighbours.get(n).copied()).collect();

@@ -14,7 +14,7 @@ list! {
     2 rank_arguments_are_ranks_within_the_group;
     3 overlapping_groups_may_be_used_in_different_orders;
     2 groups_may_be_used_from_several_threads_at_once;
-    1 a_group_outlives_the_handle_it_was_made_from;
+    1 a_group_outlives_the_group_it_was_made_from;
     2 subgroups_cut_the_group_into_equal_parts;
     3 subgroups_by_enumeration_may_leave_ranks_out;
     2 split_groups_by_colour_in_the_order_of_keys;
@@ -101,25 +101,35 @@ fn overlapping_groups_may_be_used_in_different_orders(group: &ProcessGroup) {
 
 fn groups_may_be_used_from_several_threads_at_once(group: &ProcessGroup) {
     let all: Vec<usize> = (0..group.size()).collect();
-    let groups: Vec<_> = (0..4).map(|_| group.new_group(&all).unwrap().unwrap()).collect();
-    let n = group.size() as i64;
+    let every_second: Vec<usize> = all.iter().copied().step_by(2).collect();
+    let members = [&all, &all, &every_second, &all[1..].to_vec(), &all[..1].to_vec()];
+    // They overlap: each rank is in several.
+    let groups: Vec<_> = members.iter().filter_map(|ranks| group.new_group(ranks).unwrap()).collect();
     std::thread::scope(|scope| {
         for (i, own) in groups.iter().enumerate() {
             scope.spawn(move || {
                 for turn in 0..20 {
-                    assert_eq!(sum(own, turn + i as i64), n * (turn + i as i64));
+                    let x = turn + i as i64;
+                    let total = own.all_gather_object(&x).unwrap().iter().sum::<i64>();
+                    assert_eq!(sum(own, x), total);
                 }
             });
         }
     });
 }
 
-fn a_group_outlives_the_handle_it_was_made_from(group: &ProcessGroup) {
+fn a_group_outlives_the_group_it_was_made_from(group: &ProcessGroup) {
     let all: Vec<usize> = (0..group.size()).collect();
-    let parent = group.new_group(&all).unwrap().unwrap();
-    let child = parent.new_group(&all).unwrap().unwrap();
-    drop(parent);
-    assert_eq!(sum(&child, 1), group.size() as i64);
+    for destroyed in [false, true] {
+        let parent = group.new_group(&all).unwrap().unwrap();
+        let child = parent.new_group(&all).unwrap().unwrap();
+        if destroyed {
+            parent.destroy().unwrap();
+        }
+        drop(parent);
+        let grandchild = child.new_group(&all).unwrap().unwrap();
+        assert_eq!(sum(&child, 1) + sum(&grandchild, 2), 3 * group.size() as i64);
+    }
 }
 
 fn subgroups_cut_the_group_into_equal_parts(group: &ProcessGroup) {

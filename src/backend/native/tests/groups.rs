@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 
 use tch::{Device, Kind, Tensor};
 
-use super::{Rank, TRANSPORT, context, none, options, ranks, segments};
+use super::links::port_of;
+use super::{Altered, Rank, TRANSPORT, context, none, options, ranks, segments};
 use crate::backend::native::Options;
 use crate::backend::{CollectiveBackend, Op};
 use crate::store::{HashStore, PrefixStore, Store};
@@ -106,19 +107,22 @@ fn ranks_that_force_different_transports_are_told() {
     }
 }
 
-/// Connects to the address that rank 0 has published, as soon as it has.
-fn call_rank_0(store: &Arc<dyn Store>, transport: &str) -> Box<dyn ReadWrite> {
+/// The address that rank 0 publishes, as soon as it has.
+fn address_of_rank_0(store: &Arc<dyn Store>, transport: &str) -> Vec<u8> {
     let topic = if transport == "unix" { "local" } else { "address" };
     let key = format!("native/{topic}/0");
     store.wait(&[&key], Duration::from_secs(20)).unwrap();
-    let bytes = store.get(&key).unwrap();
+    store.get(&key).unwrap()
+}
+
+/// Connects to it.
+fn call_rank_0(bytes: &[u8], transport: &str) -> Box<dyn ReadWrite> {
     if transport == "unix" {
         // A tag and a length, then the name.
         let name = &bytes[2..];
         return Box::new(UnixStream::connect_addr(&SocketAddr::from_abstract_name(name).unwrap()).unwrap());
     }
-    // Tags, four bytes of address, and the port as a varint.
-    let port = bytes[6..].iter().enumerate().fold(0u16, |p, (n, b)| p | u16::from(b & 0x7f) << (7 * n));
+    let port = port_of(bytes);
     Box::new(TcpStream::connect(("127.0.0.1", port)).unwrap())
 }
 
@@ -135,12 +139,18 @@ fn strangers_at_the_address_are_turned_away_and_do_no_harm() {
         };
         // Rank 1 says hello, so that rank 0 goes on to listen, but calls late.
         let second = {
-            let late: Arc<dyn Store> = Arc::new(Late(store.clone()));
+            let late: Arc<dyn Store> = Arc::new(Altered(store.clone(), |key: &str, value| {
+                if !key.contains("hello") {
+                    std::thread::sleep(Duration::from_millis(500));
+                }
+                value
+            }));
             std::thread::spawn(move || make(&late, 1, 2, transport))
         };
-        let mut garbage = call_rank_0(&store, transport);
-        let mut silent = call_rank_0(&store, transport);
-        drop(call_rank_0(&store, transport));
+        let address = address_of_rank_0(&store, transport);
+        let mut garbage = call_rank_0(&address, transport);
+        let mut silent = call_rank_0(&address, transport);
+        drop(call_rank_0(&address, transport));
         garbage
             .write_all(b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n and much more than any hello is long")
             .unwrap();
@@ -161,48 +171,5 @@ fn strangers_at_the_address_are_turned_away_and_do_no_harm() {
         ranks.into_iter().for_each(|rank| rank.join().unwrap());
         // Who said nothing was kept no longer than the set-up.
         assert!(matches!(silent.read(&mut [0; 64]), Ok(0) | Err(_)));
-    }
-}
-
-/// A store that delays what rank 1 learns of the addresses.
-struct Late(Arc<dyn Store>);
-
-impl Store for Late {
-    fn set(&self, key: &str, value: &[u8]) -> Result<()> {
-        self.0.set(key, value)
-    }
-    fn get(&self, key: &str) -> Result<Vec<u8>> {
-        self.0.get(key)
-    }
-    fn add(&self, key: &str, amount: i64) -> Result<i64> {
-        self.0.add(key, amount)
-    }
-    fn compare_set(&self, key: &str, expected: &[u8], desired: &[u8]) -> Result<Vec<u8>> {
-        self.0.compare_set(key, expected, desired)
-    }
-    fn check(&self, keys: &[&str]) -> Result<bool> {
-        self.0.check(keys)
-    }
-    fn wait(&self, keys: &[&str], timeout: Duration) -> Result<()> {
-        self.0.wait(keys, timeout)?;
-        if !keys[0].contains("hello") {
-            std::thread::sleep(Duration::from_millis(500));
-        }
-        Ok(())
-    }
-    fn delete(&self, key: &str) -> Result<bool> {
-        self.0.delete(key)
-    }
-    fn num_keys(&self) -> Result<usize> {
-        self.0.num_keys()
-    }
-    fn append(&self, key: &str, value: &[u8]) -> Result<()> {
-        self.0.append(key, value)
-    }
-    fn timeout(&self) -> Duration {
-        self.0.timeout()
-    }
-    fn set_timeout(&self, timeout: Duration) {
-        self.0.set_timeout(timeout);
     }
 }

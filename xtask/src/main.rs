@@ -16,7 +16,9 @@ mod locate;
 mod pip;
 mod provision;
 mod record;
+mod sanitize;
 mod setup;
+mod soak;
 mod test;
 mod unpack;
 mod wheels;
@@ -40,6 +42,8 @@ const COMMANDS: &[Command] = &[
     Command { name: "hosts", about: hosts::ABOUT, run: hosts::run },
     Command { name: "bench", about: bench::ABOUT, run: bench::run },
     Command { name: "interop", about: interop::ABOUT, run: interop::run },
+    Command { name: "soak", about: soak::ABOUT, run: soak::run },
+    Command { name: "sanitize", about: sanitize::ABOUT, run: sanitize::run },
     Command { name: "ci", about: ci::ABOUT, run: ci::run },
 ];
 

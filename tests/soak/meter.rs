@@ -63,9 +63,14 @@ impl Holdings {
     }
 }
 
-/// Measures once nothing has grown any more, or after a while: connections that were closed take a
-/// moment to go.
+/// How long connections that were closed take to go, at most, with what is still to be said over them.
+const LAST_WORDS: Duration = Duration::from_millis(1500);
+
+/// Measures when what was closed is gone; later than the first time at once if nothing has grown.
 pub fn settled(first: Option<&Holdings>, keys: impl Fn() -> usize) -> Holdings {
+    if first.is_none() {
+        std::thread::sleep(LAST_WORDS);
+    }
     let until = Instant::now() + Duration::from_secs(5);
     loop {
         let now = Holdings::now(keys());

@@ -35,9 +35,12 @@ const FREE: &[&str] = &[
 /// The one target that the sanitizers' runtimes come with everywhere we test.
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
-/// No function of libtorch is there, and none is looked for before it is called.
+/// Where no function of libtorch is there, that is no error, and none is looked for before it is called.
 const OPEN: &str = "-Zplt=yes -Crelro-level=partial -Clink-arg=-Wl,--unresolved-symbols=ignore-all \
                     -Clink-arg=-Wl,-z,lazy";
+/// The same with AddressSanitizer, with libtorch and without, so that what they share is built once.
+const ADDRESS: &str = "-Zsanitizer=address -Zplt=yes -Crelro-level=partial \
+                       -Clink-arg=-Wl,--unresolved-symbols=ignore-all -Clink-arg=-Wl,-z,lazy";
 
 struct Tool {
     name: &'static str,
@@ -123,7 +126,7 @@ fn miri(tests: &[String]) -> Result<Outcome> {
 }
 
 fn free_address(tests: &[String]) -> Result<Outcome> {
-    let mut command = built_for("free-address", &format!("-Zsanitizer=address {OPEN}"));
+    let mut command = built_for("address", ADDRESS);
     command.args(["--features", "doc-only", "--lib", "--"]).args(chosen(tests));
     count(&mut command)
 }
@@ -144,7 +147,7 @@ fn free_valgrind(tests: &[String]) -> Result<Outcome> {
 }
 
 fn address(tests: &[String]) -> Result<Outcome> {
-    let mut command = built_for("address", "-Zsanitizer=address");
+    let mut command = built_for("address", ADDRESS);
     command.args(["--test", "conformance", "--"]).args(tests);
     // What libtorch keeps until the end of the process is its own affair.
     command.env("ASAN_OPTIONS", "detect_leaks=0");

@@ -14,7 +14,8 @@ use libtorch::Libtorch;
 use nccl::Nccl;
 
 /// Each is a cxx bridge `src/libtorch/NAME.rs` beside its `NAME.cpp` and `NAME.h`.
-const BRIDGES: &[&str] = &["c10d", "facts", "function", "generator", "hooks", "list", "store", "tensor"];
+const BRIDGES: &[&str] =
+    &["c10d", "facts", "function", "generator", "hooks", "list", "store", "streams", "tensor"];
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
@@ -35,6 +36,7 @@ fn build() -> Result<(), String> {
     let libtorch = Libtorch::that_tch_found()?;
     libtorch.check_version()?;
     libtorch.check_files()?;
+    libtorch.check_symbols()?;
     let nccl = Nccl::find(&libtorch)?;
     compile(&libtorch, nccl.as_ref())?;
     link::emit(&libtorch)?;

@@ -4,6 +4,9 @@ use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+#[path = "symbols.rs"]
+pub(crate) mod symbols;
+
 /// The versions that the tests have run against.
 pub(crate) const TESTED: &[&str] = &["2.11.0", "2.13.0"];
 
@@ -19,6 +22,9 @@ const HEADERS: &[&str] = &[
     "torch/csrc/distributed/c10d/Backend.hpp",
     "torch/csrc/distributed/c10d/TCPStore.hpp",
 ];
+
+/// How the names of the constructors of c10d::ProcessGroupGloo begin.
+const GLOO: &[u8] = b"_ZN4c10d16ProcessGroupGlooC";
 
 const LIBRARIES: &[&str] = &["libc10.so", "libtorch.so", "libtorch_cpu.so"];
 
@@ -39,6 +45,16 @@ impl Libtorch {
             "torch-sys does not say where libtorch is (no DEP_TCH_LIBTORCH_LIB).\n\
              tch-distributed is for Linux; there torch-sys 0.24 to 0.26 says it, unless its feature doc-only is on.",
         )?;
+        if env::var_os("CARGO_FEATURE_DOWNLOAD_LIBTORCH").is_some()
+            && let Some(named) = env::var_os("LIBTORCH")
+        {
+            // tch prefers the variable, and cargo's configuration may have set it.
+            println!(
+                "cargo::warning=the feature download-libtorch downloads nothing: LIBTORCH is {} (if you did not set it, \
+                 .cargo/libtorch.toml did: remove that file)",
+                Path::new(&named).display()
+            );
+        }
         let root = match env::var_os("LIBTORCH_INCLUDE") {
             Some(root) => PathBuf::from(root),
             None => lib.parent().map(Path::to_path_buf).unwrap_or_default(),
@@ -67,6 +83,23 @@ impl Libtorch {
             }
         }
         Ok(())
+    }
+
+    /// The engine Gloo is in libtorch's library, unless that was built without it.
+    pub(crate) fn check_symbols(&self) -> Result<(), String> {
+        let library = self.lib.join("libtorch_cpu.so");
+        let bytes = fs::read(&library).map_err(|error| format!("{}: {error}", library.display()))?;
+        match symbols::defines(&bytes, GLOO) {
+            Some(true) => Ok(()),
+            Some(false) => Err(format!(
+                "{} was built without Gloo (USE_GLOO, USE_DISTRIBUTED): it does not define c10d::ProcessGroupGloo, which \
+                 the backend gloo of tch-distributed is made of.\n\
+                 `cargo xtask setup` in the repository of tch-distributed provides a libtorch that has it.",
+                library.display()
+            )),
+            // The linker will say more of it.
+            None => Ok(()),
+        }
     }
 
     fn missing(&self, what: &str, file: &str, folder: &Path) -> String {

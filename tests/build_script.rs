@@ -76,3 +76,17 @@ fn a_missing_header_or_library_is_named_with_what_to_do() {
             && missed.iter().any(|file| file.ends_with(".hpp"))
     );
 }
+
+#[test]
+fn a_library_without_gloo_is_said_and_one_that_only_uses_it_is_one_without() {
+    let folder = tempfile::tempdir().unwrap();
+    let libtorch = libtorch_in(folder.path());
+    fs::create_dir_all(&libtorch.lib).unwrap();
+    // This program is linked with libtorch, and defines none of it.
+    fs::copy(std::env::current_exe().unwrap(), libtorch.lib.join("libtorch_cpu.so")).unwrap();
+    let error = libtorch.check_symbols().unwrap_err();
+    assert!(error.contains("without Gloo") && error.contains("cargo xtask setup"), "{error}");
+    let this = fs::read(std::env::current_exe().unwrap()).unwrap();
+    assert_eq!(libtorch::symbols::defines(&this, b"_no_such_symbol"), Some(false));
+    assert_eq!(libtorch::symbols::defines(b"no library", b"_"), None);
+}

@@ -7,7 +7,7 @@ use std::time::Duration;
 use smallvec::SmallVec;
 use tch::{Kind, Tensor};
 
-use crate::libtorch::{Facts, facts};
+use crate::libtorch::{Facts, facts, storage_offset};
 use crate::{Error, ReduceOp, Result};
 
 /// A collective operation. Roots are ranks of the group.
@@ -202,7 +202,7 @@ impl<'a> Buffer<'a> {
             (0, _) | (_, 0) => 0,
             _ => (self.data as usize - whole.data_ptr() as usize) / (self.bytes / self.numel),
         };
-        let offset = if whole.numel() == 0 { None } else { Some(whole.storage_offset() + start as i64) };
+        let offset = if whole.numel() == 0 { None } else { Some(storage_offset(&whole) + start as i64) };
         whole.as_strided([self.numel as i64], [1], offset)
     }
 

@@ -19,10 +19,17 @@ pub struct Receipt {
 
 type Finisher = Box<dyn FnOnce(Result<Receipt>) -> Result<Receipt> + Send>;
 
+/// Copies outputs to where the user wants them.
+pub(crate) type WriteBack = Box<dyn FnOnce() -> Result<()> + Send>;
+
+/// Puts what a thread's current stream does from now on behind an operation of the device.
+pub(crate) type Order = Arc<dyn Fn() -> Result<()> + Send + Sync>;
+
 /// The backend's end of an asynchronous operation. Calling [`complete`](Self::complete) ends it;
 /// dropping it without that ends it with [`Error::Aborted`].
 pub struct Completion {
     state: Arc<State>,
+    write_back: Option<WriteBack>,
     finisher: Option<Finisher>,
     completed: bool,
 }
@@ -49,6 +56,8 @@ struct State {
 #[derive(Default)]
 struct Slot {
     result: Option<Result<Receipt, Arc<Error>>>,
+    /// For an operation that a device was given: how to wait without blocking, and what will be known of it.
+    given: Option<(Order, Receipt)>,
     wakers: Vec<Waker>,
 }
 
@@ -57,7 +66,25 @@ impl Completion {
     /// learns of the end: it copies outputs back to where the user wants them and records failures.
     pub(crate) fn new(finisher: Option<Finisher>) -> (Self, Ticket) {
         let state = Arc::<State>::default();
-        (Self { state: state.clone(), finisher, completed: false }, Ticket { state })
+        (Self { state: state.clone(), write_back: None, finisher, completed: false }, Ticket { state })
+    }
+
+    /// Runs `write_back` when the operation has ended well, before the finisher.
+    pub(crate) fn writing(mut self, write_back: Option<WriteBack>) -> Self {
+        self.write_back = write_back;
+        self
+    }
+
+    /// Takes over what is to be done at the end: an engine of a device gives it to the device, behind the operation.
+    pub(crate) fn take_write_back(&mut self) -> Option<WriteBack> {
+        self.write_back.take()
+    }
+
+    /// The operation is on the device, all of it: who waits from now on orders a stream and goes on. The end is told as
+    /// ever, by [`complete`](Self::complete).
+    pub(crate) fn given(&self, receipt: Receipt, order: Order) {
+        self.state.slot.lock().given = Some((order, receipt));
+        self.state.ended.notify_all();
     }
 
     /// A promise that runs `then` when it is kept: for a backend that wraps another and has something
@@ -91,6 +118,10 @@ impl Completion {
 
     fn finish(&mut self, result: Result<Receipt>) {
         self.completed = true;
+        let result = match (result, self.write_back.take()) {
+            (Ok(receipt), Some(write_back)) => write_back().map(|()| receipt),
+            (result, _) => result,
+        };
         let result = match self.finisher.take() {
             Some(finisher) => finisher(result),
             None => result,
@@ -123,6 +154,22 @@ impl Ticket {
     /// The result, once there is one.
     pub(crate) fn result(&self) -> Option<Result<Receipt>> {
         self.state.slot.lock().result.as_ref().map(Self::read)
+    }
+
+    /// Waits as a caller on a device does: where the operation has been given to the device, this thread's stream is
+    /// ordered behind it and the host goes on; else for the end.
+    pub(crate) fn settle(&self) -> Result<Receipt> {
+        let mut slot = self.state.slot.lock();
+        loop {
+            if let Some(result) = &slot.result {
+                return Self::read(result);
+            }
+            if let Some((order, receipt)) = slot.given.clone() {
+                drop(slot);
+                return order().map(|()| receipt);
+            }
+            self.state.ended.wait(&mut slot);
+        }
     }
 
     /// Waits for the end, until `deadline` where there is one; `None` when that passed first.
@@ -160,5 +207,50 @@ impl Ticket {
 
     fn read(result: &Result<Receipt, Arc<Error>>) -> Result<Receipt> {
         result.as_ref().map(|r| *r).map_err(|e| e.duplicate())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::{Completion, Receipt};
+    use crate::Error;
+
+    #[test]
+    fn who_waits_for_what_a_device_was_given_orders_a_stream_and_does_not_wait_for_the_end() {
+        let (done, ticket) = Completion::new(None);
+        let orders = Arc::new(AtomicUsize::new(0));
+        let counted = orders.clone();
+        let order = move || {
+            counted.fetch_add(1, Ordering::Relaxed);
+            Ok(())
+        };
+        done.given(Receipt { source: Some(3) }, Arc::new(order));
+        assert_eq!(ticket.settle().unwrap().source, Some(3));
+        assert!(ticket.result().is_none(), "it has not ended");
+        done.complete(Err(Error::Aborted));
+        assert!(matches!(ticket.settle(), Err(Error::Aborted)), "how it ended is what counts now");
+        assert_eq!(orders.load(Ordering::Relaxed), 1);
+    }
+
+    #[test]
+    fn outputs_are_written_at_a_good_end_unless_the_engine_took_that_over() {
+        let written = Arc::new(AtomicUsize::new(0));
+        let write = || -> super::WriteBack {
+            let written = written.clone();
+            Box::new(move || {
+                written.fetch_add(1, Ordering::Relaxed);
+                Ok(())
+            })
+        };
+        Completion::new(None).0.writing(Some(write())).complete(Ok(Receipt::default()));
+        assert_eq!(written.load(Ordering::Relaxed), 1);
+        Completion::new(None).0.writing(Some(write())).complete(Err(Error::Aborted));
+        let mut taken = Completion::new(None).0.writing(Some(write()));
+        taken.take_write_back().unwrap()().unwrap();
+        taken.complete(Ok(Receipt::default()));
+        assert_eq!(written.load(Ordering::Relaxed), 2);
     }
 }

@@ -16,11 +16,12 @@ use std::time::Duration;
 
 use tch::{Device, Kind, Tensor};
 
+pub(crate) use c10d::split_nccl;
 pub use call::{Buffer, Call, Direction, Op, Segment, Segments, Transfer, segment_numel};
 pub use completion::{Completion, Receipt};
-pub(crate) use completion::{Helper, Ticket};
-pub(crate) use registry::factory;
-pub use registry::{is_backend_available, register_backend};
+pub(crate) use completion::{Helper, Ticket, WriteBack};
+pub(crate) use registry::{Placement, factory, make};
+pub use registry::{create, is_backend_available, register_backend};
 
 use crate::store::Store;
 use crate::{Error, Result};
@@ -82,6 +83,12 @@ pub trait CollectiveBackend: Send + Sync + 'static {
 
     /// Starts a batch of point-to-point messages.
     fn transfer(&self, transfers: Vec<Transfer>);
+
+    /// Itself, where this crate's own code is to find its own engine again.
+    #[doc(hidden)]
+    fn as_any(&self) -> Option<&dyn std::any::Any> {
+        None
+    }
 
     /// The failure that made this backend unusable, once there is one (a peer's abort, say).
     fn failure(&self) -> Option<Arc<Error>> {

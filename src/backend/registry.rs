@@ -5,17 +5,78 @@ use std::sync::Arc;
 
 use once_cell::sync::Lazy;
 use parking_lot::RwLock;
+use tch::{Cuda, Device};
 
-use super::{BackendFactory, c10d, native};
+use super::{BackendContext, BackendFactory, CollectiveBackend, c10d, native};
 use crate::{Error, Result};
 
 static REGISTRY: Lazy<RwLock<BTreeMap<String, Arc<dyn BackendFactory>>>> = Lazy::new(|| {
     let mut map = BTreeMap::<String, Arc<dyn BackendFactory>>::new();
     map.insert("native".to_owned(), Arc::new(native::create));
     map.insert("gloo".to_owned(), Arc::new(c10d::create_gloo));
-    map.insert("nccl".to_owned(), Arc::new(c10d::create_nccl));
+    let nccl = |context: BackendContext| {
+        let placement = Placement::of_process(context.ranks[context.rank]);
+        c10d::create_nccl(context, placement)
+    };
+    map.insert("nccl".to_owned(), Arc::new(nccl));
     RwLock::new(map)
 });
+
+/// Where a rank's tensors are, and how its device is used: what this crate's own engines of devices are told besides the
+/// context.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Placement {
+    /// The device that the user named.
+    pub(crate) device: Option<Device>,
+    /// Among the ranks of this host.
+    pub(crate) local_rank: usize,
+    pub(crate) high_priority_stream: bool,
+}
+
+impl Placement {
+    /// As `LOCAL_RANK` says, or else the rank.
+    pub(crate) fn of_process(rank: usize) -> Self {
+        let local = std::env::var("LOCAL_RANK").ok().and_then(|text| text.trim().parse().ok());
+        Self { device: None, local_rank: local.unwrap_or(rank), high_priority_stream: false }
+    }
+
+    /// The index of this rank's CUDA device: the one that the user named, or the one of its number on this host.
+    pub(crate) fn cuda(&self) -> usize {
+        match self.device {
+            Some(Device::Cuda(index)) => index,
+            _ => self.local_rank % usize::try_from(Cuda::device_count()).unwrap_or(1).max(1),
+        }
+    }
+}
+
+/// Makes the backend of this name, e.g. for one that wraps it.
+///
+/// # Errors
+/// `UnknownBackend`, `BackendUnavailable`, and what its set-up fails with.
+///
+/// ```
+/// use tch_distributed::{backend, register_backend, testing};
+/// register_backend("mine", |context| backend::create("gloo", context))?;
+/// let names = testing::run_threads_on("mine", Default::default(), 2, |group| group.backend_name());
+/// assert_eq!(names, ["gloo", "gloo"]);
+/// # Ok::<(), tch_distributed::Error>(())
+/// ```
+pub fn create(name: &str, context: BackendContext) -> Result<Arc<dyn CollectiveBackend>> {
+    factory(name)?.create(context)
+}
+
+/// [`create`] on a rank whose place is known.
+pub(crate) fn make(
+    name: &str,
+    context: BackendContext,
+    placement: Placement,
+) -> Result<Arc<dyn CollectiveBackend>> {
+    let factory = factory(name)?;
+    match name {
+        "nccl" => c10d::create_nccl(context, placement),
+        _ => factory.create(context),
+    }
+}
 
 /// Makes a backend known under a name, for [`init_process_group`](crate::init_process_group).
 ///

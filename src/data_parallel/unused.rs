@@ -26,6 +26,10 @@ impl Flags {
     /// The numbers to be averaged, of the kind of the gradients they travel with. The trouble is not the
     /// absence of a mark but a mark, so that an average of any number of ranks shows it in any kind.
     pub(super) fn to_tensor(&self, kind: Kind, device: Device) -> Result<Tensor> {
+        if self.used.is_empty() {
+            // No copy from the host, which would wait for the device.
+            return Ok(Tensor::f_full([1], f64::from(u8::from(self.trouble)), (kind, device))?);
+        }
         let numbers: Vec<f32> = std::iter::once(self.trouble)
             .chain(self.used.iter().copied())
             .map(|flag| f32::from(u8::from(flag)))

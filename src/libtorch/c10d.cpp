@@ -1,5 +1,6 @@
 #include "tch-distributed/src/libtorch/c10d.rs.h"
 
+#include <torch/version.h>
 #include "c10d/parts.h"
 
 namespace tchd {
@@ -7,9 +8,17 @@ namespace {
 using std::chrono::milliseconds;
 using TensorList = std::vector<at::Tensor>;
 
+c10d::ReduceOp premul_sum(double factor) {
+#if TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR < 12
+  return c10d::makeNCCLPreMulSum(factor);
+#else
+  return c10d::makePreMulSum(factor);
+#endif
+}
+
 c10d::ReduceOp reduce_op(std::uint8_t op, double factor) {
   auto type = static_cast<c10d::ReduceOp::RedOpType>(op);
-  return type == c10d::ReduceOp::PREMUL_SUM ? c10d::makePreMulSum(factor) : c10d::ReduceOp(type);
+  return type == c10d::ReduceOp::PREMUL_SUM ? premul_sum(factor) : c10d::ReduceOp(type);
 }
 
 std::unique_ptr<C10dWork> pending(c10::intrusive_ptr<c10d::Work> work) {
@@ -25,6 +34,9 @@ C10dWork::~C10dWork() = default;
 
 void C10dWork::wait(std::int64_t timeout_ms) const {
   parts_->work->wait(milliseconds(timeout_ms));
+}
+void C10dWork::order() const {
+  parts_->work->synchronize();
 }
 bool C10dWork::completed() const {
   return parts_->work->isCompleted();
@@ -99,6 +111,16 @@ C10dBackend::all_gather(const Tensors& outputs, const at::Tensor& input, std::in
   std::vector<TensorList> out{outputs.list()};
   TensorList in{input};
   return pending(parts_->backend->allgather(out, in, options));
+}
+
+std::unique_ptr<C10dWork> C10dBackend::all_gather_flat(
+    const at::Tensor& output,
+    const at::Tensor& input,
+    std::int64_t timeout_ms) const {
+  c10d::AllgatherOptions options;
+  options.timeout = milliseconds(timeout_ms);
+  at::Tensor out = output, in = input;
+  return pending(parts_->backend->_allgather_base(out, in, options));
 }
 
 std::unique_ptr<C10dWork> C10dBackend::gather(

@@ -7,6 +7,7 @@
 
 namespace tchd {
 class StoreHandle;
+struct NcclPlan;
 struct WorkEnd;
 struct WorkParts;
 struct BackendParts;
@@ -18,6 +19,8 @@ class C10dWork {
   ~C10dWork();
   /// Blocks until the operation has ended; throws what it failed with. A timeout breaks Gloo's connections.
   void wait(std::int64_t timeout_ms) const;
+  /// What this thread's current stream does from now on comes after it (NCCL). Does not block.
+  void order() const;
   bool completed() const;
   /// Throws what a completed operation failed with.
   void check() const;
@@ -46,6 +49,10 @@ class C10dBackend {
       const;
   std::unique_ptr<C10dWork>
   all_gather(const Tensors& outputs, const at::Tensor& input, std::int64_t timeout_ms) const;
+  std::unique_ptr<C10dWork> all_gather_flat(
+      const at::Tensor& output,
+      const at::Tensor& input,
+      std::int64_t timeout_ms) const;
   std::unique_ptr<C10dWork> gather(
       const Tensors& outputs,
       const at::Tensor& input,
@@ -76,6 +83,9 @@ class C10dBackend {
   std::unique_ptr<C10dWork> end_group() const;
   void abort() const;
   void shutdown() const;
+  const BackendParts& parts() const {
+    return *parts_;
+  }
 
  private:
   std::unique_ptr<BackendParts> parts_;
@@ -95,7 +105,14 @@ std::unique_ptr<C10dBackend> new_nccl(
     std::int32_t rank,
     rust::Slice<const std::uint64_t> ranks,
     rust::Str name,
-    std::int32_t device,
-    bool high_priority,
-    std::int64_t timeout_ms);
+    const NcclPlan& plan);
+/// The engine of some ranks of an NCCL group, whose communicator is split off the group's. Every rank of the group calls
+/// it; null on those that are not among them.
+std::unique_ptr<C10dBackend> split_nccl(
+    const C10dBackend& parent,
+    const StoreHandle& store,
+    rust::Slice<const std::int32_t> members,
+    rust::Slice<const std::uint64_t> ranks,
+    rust::Str name,
+    const NcclPlan& plan);
 } // namespace tchd

@@ -10,9 +10,19 @@ use super::list;
 use super::store::{C10dStore, panic_text};
 use super::tensor::at;
 
-#[allow(unreachable_pub, clippy::undocumented_unsafe_blocks)]
+#[allow(unreachable_pub, unused_qualifications, clippy::undocumented_unsafe_blocks)]
 #[cxx::bridge(namespace = "tchd")]
 mod ffi {
+    /// How NCCL is to work for a group.
+    #[derive(Clone, Copy, Debug)]
+    struct NcclPlan {
+        /// The index of this rank's device.
+        device: i32,
+        /// Whether it connects at once.
+        eager: bool,
+        high_priority: bool,
+        timeout_ms: i64,
+    }
     extern "Rust" {
         type WorkEnd;
         fn work_ended(end: &WorkEnd, error: &CxxString);
@@ -29,6 +39,7 @@ mod ffi {
 
         type C10dWork;
         fn wait(self: &C10dWork, timeout_ms: i64) -> Result<()>;
+        fn order(self: &C10dWork) -> Result<()>;
         fn completed(self: &C10dWork) -> Result<bool>;
         fn check(self: &C10dWork) -> Result<()>;
         fn source(self: &C10dWork) -> Result<i32>;
@@ -59,6 +70,12 @@ mod ffi {
         fn all_gather(
             self: &C10dBackend,
             outputs: &Tensors,
+            input: &Tensor,
+            timeout_ms: i64,
+        ) -> Result<UniquePtr<C10dWork>>;
+        fn all_gather_flat(
+            self: &C10dBackend,
+            output: &Tensor,
             input: &Tensor,
             timeout_ms: i64,
         ) -> Result<UniquePtr<C10dWork>>;
@@ -115,9 +132,15 @@ mod ffi {
             rank: i32,
             ranks: &[u64],
             name: &str,
-            device: i32,
-            high_priority: bool,
-            timeout_ms: i64,
+            plan: &NcclPlan,
+        ) -> Result<UniquePtr<C10dBackend>>;
+        fn split_nccl(
+            parent: &C10dBackend,
+            store: &StoreHandle,
+            members: &[i32],
+            ranks: &[u64],
+            name: &str,
+            plan: &NcclPlan,
         ) -> Result<UniquePtr<C10dBackend>>;
     }
 }
@@ -132,6 +155,8 @@ unsafe impl Send for ffi::C10dBackend {}
 // `abort` may come from any thread.
 unsafe impl Sync for ffi::C10dBackend {}
 
+pub(crate) use ffi::NcclPlan;
+
 /// Why NCCL cannot be used here; `None` where it can.
 pub(crate) fn why_no_nccl() -> Option<String> {
     match ffi::why_no_nccl() {
@@ -143,7 +168,7 @@ pub(crate) fn why_no_nccl() -> Option<String> {
 /// What failed, in the engine's words.
 pub(crate) type Told<T> = Result<T, String>;
 
-fn told(exception: cxx::Exception) -> String {
+pub(super) fn told(exception: cxx::Exception) -> String {
     exception.what().to_owned()
 }
 
@@ -154,6 +179,11 @@ impl C10dWork {
     /// Blocks until the end; a timeout breaks Gloo's connections.
     pub(crate) fn wait(&self, timeout_ms: i64) -> Told<()> {
         self.0.wait(timeout_ms).map_err(told)
+    }
+
+    /// What this thread's current stream does from now on comes after it (NCCL). Does not block.
+    pub(crate) fn order(&self) -> Told<()> {
+        self.0.order().map_err(told)
     }
 
     /// Whether it has ended, and how.
@@ -230,13 +260,25 @@ impl C10dBackend {
         made.map(Self).map_err(told)
     }
 
-    /// Makes the engine; NCCL connects with its first operation.
-    pub(crate) fn nccl(member: &C10dMember<'_>, device: usize, high_priority: bool) -> Told<Self> {
+    /// Makes the engine.
+    pub(crate) fn nccl(member: &C10dMember<'_>, plan: NcclPlan) -> Told<Self> {
         let ranks: Vec<u64> = member.ranks.iter().map(|&rank| rank as u64).collect();
-        let (store, rank, device) = (member.store.handle(), member.rank as i32, device as i32);
-        ffi::new_nccl(store, rank, &ranks, member.name, device, high_priority, member.timeout_ms)
-            .map(Self)
-            .map_err(told)
+        let (store, rank) = (member.store.handle(), member.rank as i32);
+        ffi::new_nccl(store, rank, &ranks, member.name, &plan).map(Self).map_err(told)
+    }
+
+    /// The engine of some ranks of this NCCL group, by its communicator split. Every rank calls it; `None` on those that
+    /// are not among `members`.
+    pub(crate) fn split(
+        &self,
+        member: &C10dMember<'_>,
+        members: &[usize],
+        plan: NcclPlan,
+    ) -> Told<Option<Self>> {
+        let ranks: Vec<u64> = member.ranks.iter().map(|&rank| rank as u64).collect();
+        let members: Vec<i32> = members.iter().map(|&rank| rank as i32).collect();
+        let made = ffi::split_nccl(&self.0, member.store.handle(), &members, &ranks, member.name, &plan);
+        made.map(|made| (!made.is_null()).then_some(Self(made))).map_err(told)
     }
 
     pub(crate) fn all_reduce(&self, tensor: &Tensor, how: C10dReduce, timeout_ms: i64) -> Started {
@@ -255,6 +297,11 @@ impl C10dBackend {
     /// All of one size.
     pub(crate) fn all_gather(&self, outputs: &[Tensor], input: &Tensor, timeout_ms: i64) -> Started {
         started(self.0.all_gather(&list::to_cpp(outputs), at(input), timeout_ms))
+    }
+
+    /// The inputs, of one size, one behind the other.
+    pub(crate) fn all_gather_flat(&self, output: &Tensor, input: &Tensor, timeout_ms: i64) -> Started {
+        started(self.0.all_gather_flat(at(output), at(input), timeout_ms))
     }
 
     /// All of one size; `outputs` is empty but on the root.

@@ -2,6 +2,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/MemoryOverlap.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 
 #include <memory>
@@ -16,6 +17,13 @@ MemOverlap overlap_at_a_glance(const at::Tensor& tensor) {
     default:
       return MemOverlap::TooHard;
   }
+}
+at::Tensor* empty_pinned_like(const at::Tensor& like) {
+  auto options = like.options().device(at::kCPU).pinned_memory(true);
+  return new at::Tensor(at::empty(like.sizes(), options));
+}
+std::int64_t storage_offset(const at::Tensor& tensor) noexcept {
+  return tensor.storage_offset();
 }
 bool same(const at::Tensor& left, const at::Tensor& right) noexcept {
   return left.is_same(right);

@@ -10,6 +10,10 @@ namespace tchd {
 enum class MemOverlap : std::uint8_t;
 struct Keeper;
 MemOverlap overlap_at_a_glance(const at::Tensor& tensor);
+/// An empty tensor of the CPU, of this shape and kind, in memory that CUDA devices copy from and to by themselves.
+at::Tensor* empty_pinned_like(const at::Tensor& like);
+/// Where its first element is in its memory, in elements.
+std::int64_t storage_offset(const at::Tensor& tensor) noexcept;
 /// Whether two handles are of one tensor.
 bool same(const at::Tensor& left, const at::Tensor& right) noexcept;
 /// A CPU tensor over foreign memory; the keeper is dropped with its storage. Made with `new`.

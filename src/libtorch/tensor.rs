@@ -24,6 +24,8 @@ mod ffi {
     }
     unsafe extern "C++" {
         fn overlap_at_a_glance(tensor: &Tensor) -> Result<MemOverlap>;
+        fn empty_pinned_like(like: &Tensor) -> Result<*mut Tensor>;
+        fn storage_offset(tensor: &Tensor) -> i64;
         fn same(left: &Tensor, right: &Tensor) -> bool;
         fn tensor_over(data: usize, size: &[i64], kind: i8, keeper: Box<Keeper>) -> Result<*mut Tensor>;
     }
@@ -131,6 +133,19 @@ fn strides_overlap(size: &[i64], stride: &[i64]) -> bool {
     }
     offsets.sort_unstable();
     offsets.windows(2).any(|pair| pair[0] == pair[1])
+}
+
+/// An empty tensor of the CPU, of the shape and kind of a CUDA tensor, in pinned memory.
+pub(crate) fn empty_pinned_like(like: &tch::Tensor) -> crate::Result<tch::Tensor> {
+    let made = ffi::empty_pinned_like(at(like)).map_err(super::raised::caught)?;
+    // SAFETY: the pointer comes from `new`, and nobody else has it.
+    let made = unsafe { own(made) };
+    made.ok_or_else(|| crate::Error::Torch(tch::TchError::Torch("no pinned tensor was made".to_owned())))
+}
+
+/// Where a dense tensor's first element is in its memory, in elements. (tch 0.24 has no name for it.)
+pub(crate) fn storage_offset(tensor: &tch::Tensor) -> i64 {
+    ffi::storage_offset(at(tensor))
 }
 
 /// Whether two handles are of one tensor.

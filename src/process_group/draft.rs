@@ -10,8 +10,10 @@ use tch::{Device, Kind, Tensor};
 use super::checks::{Seen, disjoint};
 use super::state::Inner;
 use super::{ProcessGroup, Work};
-use crate::backend::{Buffer, Call, CollectiveBackend, Completion, Op, Receipt, Segment, Segments};
-use crate::libtorch::{Facts, facts};
+use crate::backend::{
+    Buffer, Call, CollectiveBackend, Completion, Op, Receipt, Segment, Segments, Ticket, WriteBack,
+};
+use crate::libtorch::{Facts, empty_pinned_like, facts};
 use crate::profile::Watch;
 use crate::{Error, Result};
 
@@ -28,11 +30,11 @@ pub(super) struct Draft<'a> {
 /// Where a backend finds tensors' elements in order: in place, or in copies that are copied back.
 pub(super) struct Memory<'a> {
     backend: &'a dyn CollectiveBackend,
-    write_back: Vec<WriteBack>,
+    write_back: Vec<Output>,
 }
 
 /// An output that the backend could not write in place.
-struct WriteBack {
+struct Output {
     to: Tensor,
     from: Tensor,
 }
@@ -119,47 +121,45 @@ impl<'a> Memory<'a> {
         if seen.facts.plain && self.backend.accepts(seen.facts.device) {
             return Ok(Flat::Place(seen.tensor, seen.facts));
         }
-        let copy = if also_read {
-            self.copy(seen)?
-        } else {
-            let device = self.device(seen);
-            let empty = Tensor::f_empty(seen.tensor.size(), (seen.facts.kind, device))?;
-            if device == seen.facts.device { empty } else { empty.f_pin_memory(seen.facts.device)? }
-        };
+        let copy = if also_read { self.copy(seen)? } else { self.room(seen)? };
         let facts = plain_facts(&copy, seen.argument)?;
-        self.write_back.push(WriteBack { to: seen.tensor.shallow_clone(), from: copy.shallow_clone() });
+        self.write_back.push(Output { to: seen.tensor.shallow_clone(), from: copy.shallow_clone() });
         Ok(Flat::Copy(copy, facts))
     }
 
     /// A dense copy of its own, where the backend can reach it.
     fn copy(&self, seen: &Seen<'_>) -> Result<Tensor> {
-        let device = self.device(seen);
-        Ok(tch::no_grad(|| {
-            let copy = Tensor::f_empty(seen.tensor.size(), (seen.facts.kind, device))?;
-            let mut copy =
-                if device == seen.facts.device { copy } else { copy.f_pin_memory(seen.facts.device)? };
+        tch::no_grad(|| {
+            let mut copy = self.room(seen)?;
             copy.f_copy_(seen.tensor)?;
-            Ok::<_, tch::TchError>(copy)
-        })?)
-    }
-
-    fn device(&self, seen: &Seen<'_>) -> Device {
-        if self.backend.accepts(seen.facts.device) { seen.facts.device } else { Device::Cpu }
-    }
-
-    /// What runs when an asynchronous operation has ended, before anyone learns of it.
-    pub(super) fn finisher(self, inner: Arc<Inner>, watch: Watch) -> Finisher {
-        let outputs = self.write_back;
-        Box::new(move |result| {
-            inner.instrument.end(watch, result.is_ok());
-            match result {
-                Ok(receipt) => write_back(outputs).map(|()| receipt),
-                Err(error) => {
-                    inner.note(&error);
-                    Err(error)
-                }
-            }
+            Ok(copy)
         })
+    }
+
+    /// A tensor of this shape and kind in memory that the backend reaches. For a CUDA tensor on a backend of the CPU
+    /// that memory is pinned: the device copies to and from it by itself.
+    fn room(&self, seen: &Seen<'_>) -> Result<Tensor> {
+        let device = seen.facts.device;
+        if self.backend.accepts(device) || device == Device::Cpu {
+            return Ok(Tensor::f_empty(seen.tensor.size(), (seen.facts.kind, device))?);
+        }
+        empty_pinned_like(seen.tensor)
+    }
+
+    /// A promise for an asynchronous operation on these tensors, and its ticket. At the end, and before anyone learns of
+    /// it, outputs are written and a failure is recorded.
+    pub(super) fn promise(self, inner: Arc<Inner>, watch: Watch) -> (Completion, Ticket) {
+        let finisher = move |result: Result<Receipt>| {
+            inner.instrument.end(watch, result.is_ok());
+            result.inspect_err(|error| inner.note(error))
+        };
+        let (done, ticket) = Completion::new(Some(Box::new(finisher)));
+        let outputs = self.write_back;
+        let write: Option<WriteBack> = match outputs.is_empty() {
+            true => None,
+            false => Some(Box::new(move || write_back(outputs))),
+        };
+        (done.writing(write), ticket)
     }
 }
 
@@ -273,17 +273,15 @@ impl<'a> Draft<'a> {
         }
         let inner = self.group.inner.clone();
         let watch = inner.instrument.begin(self.call.op.activity(), self.call.own_bytes(), site);
-        let (done, ticket) = Completion::new(Some(self.memory.finisher(inner, watch)));
+        let (done, ticket) = self.memory.promise(inner, watch);
         self.backend.submit(self.call.into_owned(), done);
         Ok(Work::new(self.group.clone(), smallvec![ticket]))
     }
 }
 
-type Finisher = Box<dyn FnOnce(Result<Receipt>) -> Result<Receipt> + Send>;
-
-fn write_back(outputs: Vec<WriteBack>) -> Result<()> {
+fn write_back(outputs: Vec<Output>) -> Result<()> {
     tch::no_grad(|| {
-        for WriteBack { mut to, from } in outputs {
+        for Output { mut to, from } in outputs {
             to.f_copy_(&from)?;
         }
         Ok(())

@@ -13,7 +13,7 @@ use super::ProcessGroup;
 
 use super::spec::{BackendSpec, Backends};
 use super::state::{AGREEMENT, Inner, Parts, Universe};
-use crate::backend::{BackendContext, CollectiveBackend, factory};
+use crate::backend::{BackendContext, CollectiveBackend, Placement, factory, make, split_nccl};
 use crate::rendezvous::this_host;
 use crate::store::{PrefixStore, Store};
 use crate::{Error, Result};
@@ -38,6 +38,8 @@ pub struct GroupOptions {
     timeout: Option<Duration>,
     group_name: Option<String>,
     keep_order: bool,
+    high_priority_stream: Option<bool>,
+    split_communicator: bool,
 }
 
 impl GroupOptions {
@@ -71,6 +73,22 @@ impl GroupOptions {
         self.keep_order = keep;
         self
     }
+
+    /// Whether NCCL's operations run on a stream of high priority; as in the world unless given.
+    #[doc(alias = "is_high_priority_stream")]
+    pub fn high_priority_stream(mut self, high: bool) -> Self {
+        self.high_priority_stream = Some(high);
+        self
+    }
+
+    /// Whether NCCL splits the new group's communicator off the parent's instead of connecting its ranks anew. It is
+    /// for worlds whose ranks named their [`device`](crate::InitOptions::device); every rank of the parent gives the
+    /// same. Other backends take no notice.
+    #[doc(alias = "split_from")]
+    pub fn split_communicator(mut self, split: bool) -> Self {
+        self.split_communicator = split;
+        self
+    }
 }
 
 /// What is known of a group before its backends exist.
@@ -85,6 +103,9 @@ pub(super) struct Formation {
     pub(super) timeout: Duration,
     pub(super) universe: Arc<Universe>,
     pub(super) detail: bool,
+    pub(super) high_priority_stream: bool,
+    /// The backend whose communicator is split, and the ranks there.
+    pub(super) split_from: Option<(Arc<dyn CollectiveBackend>, Vec<usize>)>,
     /// Whether this is a default group, whose store may have served one before.
     pub(super) world: bool,
 }
@@ -117,6 +138,8 @@ fn assemble(formation: Formation) -> Result<ProcessGroup> {
     if count_hosts {
         formation.store.set(&host_key(formation.rank), this_host().as_bytes())?;
     }
+    let placement =
+        Placement { high_priority_stream: formation.high_priority_stream, ..formation.universe.placement() };
     let create = |name: Option<String>, device: &str| -> Result<Option<Arc<dyn CollectiveBackend>>> {
         let Some(name) = name else { return Ok(None) };
         let context = BackendContext {
@@ -127,7 +150,13 @@ fn assemble(formation: Formation) -> Result<ProcessGroup> {
             timeout: formation.timeout,
             group_name: formation.name.clone(),
         };
-        factory(&name)?.create(context).map(Some)
+        if name == "nccl"
+            && let Some((parent, members)) = &formation.split_from
+            && let Some(split) = split_nccl(&**parent, members, Some(context.clone()), placement)?
+        {
+            return Ok(Some(split));
+        }
+        make(&name, context, placement).map(Some)
     };
     let backends = Backends { cpu: create(cpu, "cpu/")?, cuda: create(cuda, "cuda/")? };
     if count_hosts && let Some(local_rank) = local_rank(&formation)? {
@@ -296,8 +325,14 @@ impl ProcessGroup {
         prefix: &str,
         options: GroupOptions,
     ) -> Result<Option<Self>> {
-        let Some(rank) = ranks.iter().position(|&rank| rank == self.rank()) else { return Ok(None) };
         let inner = &self.inner;
+        let split_from = inner.backends.cuda.clone().filter(|_| options.split_communicator);
+        let Some(rank) = ranks.iter().position(|&rank| rank == self.rank()) else {
+            if let Some(parent) = split_from {
+                split_nccl(&*parent, ranks, None, inner.universe.placement())?;
+            }
+            return Ok(None);
+        };
         let name = options.group_name.unwrap_or_else(|| {
             // Groups of the default group are numbered as PyTorch numbers them.
             if inner.name == "0" { number.to_string() } else { format!("{}.{number}", inner.name) }
@@ -311,6 +346,8 @@ impl ProcessGroup {
             timeout: options.timeout.unwrap_or_else(|| self.timeout()),
             universe: inner.universe.clone(),
             detail: inner.detail,
+            high_priority_stream: options.high_priority_stream.unwrap_or(inner.universe.high_priority_stream),
+            split_from: split_from.map(|parent| (parent, ranks.to_vec())),
             world: false,
         })
         .map(Some)

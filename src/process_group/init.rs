@@ -46,6 +46,7 @@ pub struct InitOptions {
     pub(super) world_size: Option<usize>,
     pub(super) timeout: Option<Duration>,
     pub(super) device: Option<Device>,
+    pub(super) high_priority_stream: bool,
     pub(super) group_name: Option<String>,
     pub(super) detail: Option<bool>,
 }
@@ -86,10 +87,19 @@ impl InitOptions {
         self
     }
 
-    /// This rank's device, for backends of devices.
+    /// This rank's device, for backends of devices; else the one of the rank's number on its host. NCCL then connects the
+    /// ranks at once instead of with the first operation: all ranks name theirs, or none. With NCCL it becomes the
+    /// current CUDA device of the thread that calls [`init_process_group`].
     #[doc(alias = "device_id")]
     pub fn device(mut self, device: Device) -> Self {
         self.device = Some(device);
+        self
+    }
+
+    /// Whether NCCL's operations run on a stream of high priority, before what else the device has to do.
+    #[doc(alias = "is_high_priority_stream")]
+    pub fn high_priority_stream(mut self, high: bool) -> Self {
+        self.high_priority_stream = high;
         self
     }
 
@@ -229,7 +239,16 @@ fn form_world(spec: BackendSpec, options: InitOptions) -> Result<ProcessGroup> {
         store: Arc::new(base),
         spec,
         timeout,
-        universe: Universe::new(met.rank, met.world_size, local_rank, met.claim),
+        universe: Universe::new(
+            met.rank,
+            met.world_size,
+            local_rank,
+            met.claim,
+            options.device,
+            options.high_priority_stream,
+        ),
+        high_priority_stream: options.high_priority_stream,
+        split_from: None,
         detail,
         world: true,
     })

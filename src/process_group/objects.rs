@@ -43,7 +43,11 @@ fn length(header: &[i64], rank: usize) -> Result<i64> {
 impl ProcessGroup {
     /// Where objects travel: the CPU, or the GPU where there is no backend for the CPU.
     fn object_device(&self) -> Device {
-        if self.inner.backends.cpu.is_some() { Device::Cpu } else { Device::Cuda(0) }
+        if self.inner.backends.cpu.is_some() {
+            Device::Cpu
+        } else {
+            Device::Cuda(self.inner.universe.placement().cuda())
+        }
     }
 
     fn bytes(&self, bytes: &[u8]) -> Result<Tensor> {

@@ -8,7 +8,7 @@ use tch::{Kind, Tensor};
 use super::checks::{disjoint, see};
 use super::draft::Memory;
 use super::{ProcessGroup, Work};
-use crate::backend::{Buffer, CollectiveBackend, Completion, Direction, Transfer};
+use crate::backend::{Buffer, CollectiveBackend, Direction, Transfer};
 use crate::profile::Activity;
 use crate::{Error, Result};
 
@@ -219,7 +219,7 @@ impl ProcessGroup {
             Direction::Recv { .. } => Activity::Recv,
         };
         let watch = self.inner.instrument.begin(activity, buffer.bytes(), Location::caller());
-        let (done, ticket) = Completion::new(Some(memory.finisher(self.inner.clone(), watch)));
+        let (done, ticket) = memory.promise(self.inner.clone(), watch);
         let transfer = Transfer { direction, tag, kind, buffer, timeout: self.timeout(), done };
         (transfer, Work::new(self.clone(), smallvec![ticket]))
     }

@@ -6,8 +6,10 @@ use std::time::Duration;
 
 use once_cell::sync::OnceCell;
 use parking_lot::Mutex;
+use tch::Device;
 
 use super::spec::{BackendSpec, Backends};
+use crate::backend::Placement;
 use crate::profile::{self, GroupInstrument, RankInstrument};
 use crate::rendezvous::Claim;
 use crate::store::Store;
@@ -58,6 +60,9 @@ pub(super) struct Universe {
     claim: Mutex<Option<Claim>>,
     /// Unknown at first where the ranks have met as PyTorch's do.
     local_rank: OnceCell<usize>,
+    /// The device that the user named.
+    device: Option<Device>,
+    pub(super) high_priority_stream: bool,
     /// This rank in the world.
     pub(super) rank: usize,
     pub(super) world_size: usize,
@@ -70,6 +75,8 @@ impl Universe {
         world_size: usize,
         local_rank: Option<usize>,
         claim: Option<Claim>,
+        device: Option<Device>,
+        high_priority_stream: bool,
     ) -> Arc<Self> {
         let instrument = Arc::<RankInstrument>::default();
         profile::dump_on_signal(&instrument, rank, world_size);
@@ -79,6 +86,8 @@ impl Universe {
             left_behind: Mutex::default(),
             claim: Mutex::new(claim),
             local_rank,
+            device,
+            high_priority_stream,
             rank,
             world_size,
             instrument,
@@ -93,6 +102,16 @@ impl Universe {
             variable: "LOCAL_RANK",
         };
         self.local_rank.get().copied().ok_or(missing)
+    }
+
+    /// This rank's device, and how it is used.
+    pub(super) fn placement(&self) -> Placement {
+        Placement {
+            device: self.device,
+            // Where nobody has counted yet: the rank, which is the same on one host.
+            local_rank: self.local_rank.get().copied().unwrap_or(self.rank),
+            high_priority_stream: self.high_priority_stream,
+        }
     }
 
     pub(super) fn knows_local_rank(&self) -> bool {

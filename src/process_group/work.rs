@@ -12,7 +12,8 @@ use super::ProcessGroup;
 use crate::backend::{Receipt, Ticket};
 use crate::{Error, Result};
 
-/// An operation under way: wait for it, poll it, or await it on any executor.
+/// An operation under way: wait for it, poll it, or await it on any executor, which resolves when it has ended (on
+/// CUDA: when the device has finished).
 ///
 /// Dropping it does not cancel the operation: the engine keeps the tensors alive and completes it.
 /// Until it is done, its tensors belong to it: touching them is a race.
@@ -46,6 +47,10 @@ impl Work {
 
     /// Waits until the operation has ended. May be called again: the result is the same.
     ///
+    /// For CUDA tensors on NCCL it orders the calling thread's current stream behind the operation and does not block
+    /// the host: what the program gives the device from now on sees the result. A failure of the device comes out of
+    /// [`is_completed`](Self::is_completed), of `.await`, or of a later call, which is `Poisoned`.
+    ///
     /// # Errors
     /// Those of the operation: `Desync`, `Timeout`, `PeerLost`, `Aborted`, `Poisoned`.
     pub fn wait(&self) -> Result<()> {
@@ -53,7 +58,8 @@ impl Work {
         Ok(())
     }
 
-    /// Waits for a time; false when the operation is still running then. Nothing is poisoned by that.
+    /// Waits for a time; false when the operation is still running then. Nothing is poisoned by that. On CUDA too it
+    /// blocks the host, until the device has finished.
     ///
     /// # Errors
     /// Those of the operation.
@@ -78,7 +84,10 @@ impl Work {
         let deadline = timeout.and_then(|t| Instant::now().checked_add(t));
         let mut first = Ok(Receipt::default());
         for (i, ticket) in self.tickets.iter().enumerate() {
-            let waited = self.group.inner.universe.instrument.blocked(|| ticket.wait_until(deadline));
+            let waited = self.group.inner.universe.instrument.blocked(|| match timeout {
+                None => Some(ticket.settle()),
+                Some(_) => ticket.wait_until(deadline),
+            });
             let Some(result) = waited else { return Ok(None) };
             match result {
                 Ok(receipt) if i == 0 => first = Ok(receipt),

@@ -3,6 +3,7 @@
 //! `cargo test` runs a pairwise cover of the product; `cargo xtask conformance --backend NAME --world N`
 //! runs all of it. A new backend gets the suite by one line of `suites!`.
 
+mod backends;
 mod cases;
 #[allow(dead_code)] // its `main`
 #[path = "../../examples/custom_backend.rs"]
@@ -11,6 +12,7 @@ mod model;
 mod plain_backend;
 mod product;
 mod programs;
+mod staged;
 mod suite;
 mod tables;
 mod whole;
@@ -24,5 +26,6 @@ suites! {
     native_unix: "native-unix", threads [2, 5], processes [2], failures true;
     gloo: "gloo", threads [2, 3], processes [2], failures false;
     outside_the_crate: "compressing", threads [1, 3], processes [2], failures true;
+    gloo_staged: "gloo-staged", threads [1, 2], processes [], failures false;
     plain: "plain", threads [1, 2, 3], processes [2], failures false;
 }

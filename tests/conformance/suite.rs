@@ -10,7 +10,7 @@ use tch_distributed::{
 };
 
 use super::product::{self, Case};
-use super::{cases, custom_backend, plain_backend, programs};
+use super::{cases, custom_backend, plain_backend, programs, staged};
 
 /// How long a test may take before it is a failure: nothing here comes near it.
 pub const LIMIT: Duration = Duration::from_secs(100);
@@ -25,6 +25,8 @@ pub fn know_our_own() {
         let _ = register_backend("native-hosts", |context: BackendContext| {
             native::Options::new().host(format!("host {}", context.rank % 2)).create(context)
         });
+        let _ = register_backend("nccl-staged", staged::create);
+        let _ = register_backend("gloo-staged", |context| staged::over("gloo", context, tch::Device::Cpu));
         let _ = register_backend("compressing", custom_backend::create);
         let _ = register_backend("plain", plain_backend::create);
     }

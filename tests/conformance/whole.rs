@@ -62,7 +62,7 @@ fn the_product_as_a_table() {
         }
         // A launcher has started this process as one of the ranks: the suite once, or the product with a
         // time limit of its own.
-        "launched" if limit.is_none() => return suite::run_in_process(&backend, true),
+        "launched" if limit.is_none() => return suite::run_in_process(&backend, promises(&backend)),
         "launched" | "launched-product" => return as_a_process(None),
         _ => {}
     }

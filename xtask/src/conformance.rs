@@ -7,9 +7,19 @@ use crate::setup;
 
 pub(crate) const ABOUT: &str = "Run the whole conformance product, print a table of case and result:
 --backend NAME (native; native-unix, native-tcp, gloo), --world N (2), --release,
---processes for ranks as processes instead of threads";
+--processes for ranks as processes instead of threads
+--table  write what each backend can do into the README instead";
 
 pub(crate) fn run(arguments: &[String]) -> Result<()> {
+    if arguments == ["--table"] {
+        setup::ensure()?;
+        let test = "backends::the_readme_says_of_every_operation_and_kind_what_the_suite_sees";
+        return execute(
+            cargo()
+                .args(["test", "--test", "conformance", "--", "--exact", test])
+                .env("TCHD_CONFORMANCE_WRITE_TABLE", "1"),
+        );
+    }
     let mut command = cargo();
     command.args(["test", "--test", "conformance"]);
     if arguments.iter().any(|argument| argument == "--release") {
@@ -26,9 +36,9 @@ pub(crate) fn run(arguments: &[String]) -> Result<()> {
             "--world" => command.env("TCHD_CONFORMANCE_WORLD", value()?),
             "--release" => continue,
             "--processes" => command.env("TCHD_CONFORMANCE_RANKS", "processes"),
-            other => {
-                bail!("unknown argument {other:?}; known are --backend, --world, --release and --processes")
-            }
+            other => bail!(
+                "unknown argument {other:?}; known are --backend, --world, --release, --processes and --table"
+            ),
         };
     }
     setup::ensure()?;

@@ -9,6 +9,7 @@ mod ci;
 mod conformance;
 mod crew;
 mod demo;
+mod gpu_bundle;
 mod hosts;
 mod interop;
 mod launchers;
@@ -44,6 +45,7 @@ const COMMANDS: &[Command] = &[
     Command { name: "interop", about: interop::ABOUT, run: interop::run },
     Command { name: "soak", about: soak::ABOUT, run: soak::run },
     Command { name: "sanitize", about: sanitize::ABOUT, run: sanitize::run },
+    Command { name: "gpu-bundle", about: gpu_bundle::ABOUT, run: gpu_bundle::run },
     Command { name: "ci", about: ci::ABOUT, run: ci::run },
 ];
 

@@ -130,6 +130,11 @@ impl Combine {
         self.scale.is_some()
     }
 
+    /// Whether there is nothing to do before or after.
+    pub(super) fn is_all(&self) -> bool {
+        !self.converts && self.scale.is_none() && self.after == After::Nothing
+    }
+
     /// Prepares operands, in place.
     pub(super) fn prepare(&self, view: &mut Tensor) -> Result<()> {
         if let Some(scale) = self.scale {

@@ -1,25 +1,38 @@
 //! One group's engine on this rank: operations started in order, their ends passed on, failures tried.
+//!
+//! Gloo tells of the end of an operation itself. What NCCL was given is on the device in order, and a caller that waits
+//! orders its stream behind it ([`Completion::given`]); of the end itself [`lookout`](super::lookout) tells.
 
+use std::any::Any;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::thread;
 use std::time::{Duration, Instant};
 
-use parking_lot::{Condvar, Mutex};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 use tch::{Device, Kind, Tensor};
 
 use super::combine::{Flavor, combine};
-use super::flat::bytes;
 use super::inquest::{Failure, Witness};
+use super::lookout::{Charge, Given, Lookout};
+use super::messages::given_order;
 use super::ops::{Refusal, Site, Started};
 use super::own::Own;
-use super::waiters;
-use crate::backend::{Call, CollectiveBackend, Completion, Direction, Op, Receipt, Transfer, segment_numel};
-use crate::libtorch::{C10dBackend, C10dWork, Told};
+use super::{sentry, waiters};
+use crate::backend::{Call, CollectiveBackend, Completion, Op, Receipt, Transfer, WriteBack, segment_numel};
+use crate::libtorch::{C10dBackend, C10dMember, C10dWork, NcclPlan, SideStream, Told};
 use crate::{Error, Result};
 
 /// Gloo's receive from anybody under this tag is how its connections are closed: see [`Shared::cut`].
-const CUT_TAG: i32 = i32::MAX;
+pub(super) const CUT_TAG: i32 = i32::MAX;
+
+/// Held while Gloo is given an operation. libtorch has one flight recorder for all groups of a process, and a group's
+/// first entry changes a map there that others read without a lock (in 2.11; 2.13 takes one).
+static RECORDER: Mutex<()> = Mutex::new(());
+
+pub(super) fn alone_at_the_recorder() -> MutexGuard<'static, ()> {
+    RECORDER.lock()
+}
 
 /// How long a rank that leaves waits for others that are still connecting.
 const SETTLING: Duration = Duration::from_secs(10);
@@ -27,17 +40,28 @@ const SETTLING: Duration = Duration::from_secs(10);
 /// libtorch's engine for one group.
 pub(super) struct Engine(Arc<Shared>);
 
-struct Shared {
-    flavor: Flavor,
+pub(super) struct Shared {
+    pub(super) flavor: Flavor,
     /// Taken when the engine is dropped.
-    backend: Option<C10dBackend>,
+    pub(super) backend: Option<C10dBackend>,
     device: Device,
-    witness: Witness,
+    pub(super) witness: Witness,
+    /// Whether every rank is one of this crate: then what both sides do is ours to choose.
+    pure: bool,
     /// Held while operations are started: their order is the same on every rank. The number of the last.
-    order: Mutex<u64>,
-    own: Own,
+    pub(super) order: Mutex<u64>,
+    pub(super) own: Own,
+    /// How many receives from any rank are under way, by tag.
+    pub(super) from_any: Mutex<HashMap<u32, usize>>,
+    /// Gloo's collectives under way, by number: what each is, and since when.
+    at_work: Mutex<BTreeMap<u64, (String, Instant)>>,
+    /// Whether somebody is asking the others what they are stuck in.
+    pub(super) asking: AtomicBool,
+    /// NCCL's: where copies before and after an operation go, beside the program's own stream.
+    pub(super) side: Option<Mutex<SideStream>>,
+    lookout: Arc<Lookout>,
     /// Whether NCCL was aborted. Its kernels then end as if they had worked.
-    broken: AtomicBool,
+    pub(super) broken: AtomicBool,
     pending: AtomicUsize,
     quiet: (Mutex<()>, Condvar),
     fate: Mutex<Fate>,
@@ -51,15 +75,69 @@ struct Fate {
     waiting: Option<Vec<Completion>>,
 }
 
+/// Keeps tensors until an operation has ended, and does what is left to do then; gives the sender of a message.
+pub(super) type Keep = Box<dyn FnOnce() -> Result<Option<usize>> + Send>;
+
+/// A collective that was started.
+enum Way {
+    /// The engine tells of its end; then `finish` is called.
+    Told(Started),
+    /// It is all on the device.
+    Given(Arc<Given>, Keep),
+}
+
 impl Engine {
-    pub(super) fn new(flavor: Flavor, backend: C10dBackend, device: Device, witness: Witness) -> Self {
+    pub(super) fn gloo(backend: C10dBackend, witness: Witness) -> Self {
+        let pure = witness.absent().is_empty();
+        let engine = Self::new(Flavor::Gloo, backend, Device::Cpu, witness, pure, None);
+        if engine.0.witness.size > 1 {
+            sentry::watch(&engine.0);
+        }
+        engine
+    }
+
+    pub(super) fn nccl(backend: C10dBackend, device: usize, side: SideStream, witness: Witness) -> Self {
+        Self::new(Flavor::Nccl, backend, Device::Cuda(device), witness, false, Some(Mutex::new(side)))
+    }
+
+    /// The engine of some of this group's ranks, by NCCL's communicator split; every rank calls it. `None` where this is
+    /// no NCCL engine, `Some(None)` on ranks that are not among them.
+    pub(super) fn split(
+        &self,
+        member: &C10dMember<'_>,
+        members: &[usize],
+        plan: NcclPlan,
+    ) -> Option<Told<Option<C10dBackend>>> {
+        if self.0.flavor != Flavor::Nccl {
+            return None;
+        }
+        let backend = self.0.backend.as_ref()?;
+        // Nothing may be started in between: its place among the operations is the same on every rank.
+        let _order = self.0.order.lock();
+        Some(backend.split(member, members, plan))
+    }
+
+    fn new(
+        flavor: Flavor,
+        backend: C10dBackend,
+        device: Device,
+        witness: Witness,
+        pure: bool,
+        side: Option<Mutex<SideStream>>,
+    ) -> Self {
         Self(Arc::new(Shared {
             flavor,
             backend: Some(backend),
             device,
             witness,
+            pure,
             order: Mutex::new(0),
             own: Own::default(),
+            from_any: Mutex::default(),
+            at_work: Mutex::default(),
+            asking: AtomicBool::new(false),
+            side,
+            lookout: Arc::default(),
             broken: AtomicBool::new(false),
             pending: AtomicUsize::new(0),
             quiet: (Mutex::new(()), Condvar::new()),
@@ -92,7 +170,18 @@ impl CollectiveBackend for Engine {
         }
     }
 
-    fn submit(&self, call: Call<'static>, done: Completion) {
+    fn as_any(&self) -> Option<&dyn Any> {
+        Some(self)
+    }
+
+    /// On a device the caller's stream is ordered behind the operation, and the host goes on.
+    fn run(&self, call: Call<'_>) -> Result<()> {
+        let (done, ticket) = Completion::new(None);
+        self.submit(call.into_owned(), done);
+        ticket.settle().map(|_| ())
+    }
+
+    fn submit(&self, call: Call<'static>, mut done: Completion) {
         let shared = &self.0;
         if let Some(cause) = shared.cause() {
             return done.complete(Err(Error::Poisoned { cause }));
@@ -104,43 +193,44 @@ impl CollectiveBackend for Engine {
             rank: shared.witness.rank,
             size: shared.witness.size,
             device: shared.device_of(&call),
+            pure: shared.pure,
             ms: millis(call.timeout),
         };
         let mut order = shared.order.lock();
         let seq = *order + 1;
-        let started = site.start(&call);
+        let started = shared.start(&site, &call, &mut done);
         if !matches!(started, Err(Refusal::Error(_))) {
             *order = seq;
         }
         drop(order);
-        let numel: usize = call.inputs.iter().chain(&call.outputs).map(|s| segment_numel(s)).sum();
         let failure = Failure {
             op: call.op.name().to_owned(),
             seq,
-            print: match call.op {
-                // How much a rank has differs by rank in these.
-                Op::AllReduce(_) | Op::Reduce { .. } | Op::Broadcast { .. } => {
-                    let numel =
-                        if call.op.root() == Some(site.rank) && !matches!(call.op, Op::Broadcast { .. }) {
-                            numel / 2
-                        } else {
-                            numel
-                        };
-                    format!("{} of {numel} {:?}", call.op, call.kind)
-                }
-                _ => call.op.to_string(),
-            },
+            print: print(&call, site.rank),
             elapsed: Duration::ZERO,
             text: String::new(),
         };
         match started {
-            Ok(Started { work, finish }) => {
+            Ok(Way::Told(Started { work, finish })) => {
                 let keep = Box::new(move || {
                     let result = finish();
                     drop(call);
                     result.map(|()| None)
                 });
-                shared.watch(work, keep, failure, site.ms, done);
+                shared.watch(&work, keep, failure, done);
+            }
+            Ok(Way::Given(given, tensors)) => {
+                // A barrier is one for the host.
+                if call.op != Op::Barrier {
+                    given_order(&done, Receipt::default(), &given);
+                }
+                let keep = Box::new(move || {
+                    drop(call);
+                    tensors()
+                });
+                let (shared, start, ms) = (shared.clone(), Instant::now(), site.ms);
+                shared.begin();
+                shared.clone().look_after(Charge { shared, given, keep, failure, start, ms, done });
             }
             Err(Refusal::Error(error)) => done.complete(Err(error)),
             Err(Refusal::Told(text)) => shared.failed(Failure { text, ..failure }, done),
@@ -206,10 +296,21 @@ impl CollectiveBackend for Engine {
     }
 }
 
-type KeepUntilEnd = Box<dyn FnOnce() -> Result<Option<usize>> + Send>;
+/// What a collective is, as all ranks should have it: how much a rank has differs by rank in most.
+fn print(call: &Call<'_>, rank: usize) -> String {
+    match call.op {
+        Op::AllReduce(_) | Op::Reduce { .. } | Op::Broadcast { .. } => {
+            let numel: usize = call.inputs.iter().chain(&call.outputs).map(|s| segment_numel(s)).sum();
+            let root_of_reduce = call.op.root() == Some(rank) && !matches!(call.op, Op::Broadcast { .. });
+            let numel = if root_of_reduce { numel / 2 } else { numel };
+            format!("{} of {numel} {:?}", call.op, call.kind)
+        }
+        _ => call.op.to_string(),
+    }
+}
 
 impl Shared {
-    fn cause(&self) -> Option<Arc<Error>> {
+    pub(super) fn cause(&self) -> Option<Arc<Error>> {
         self.fate.lock().cause.clone()
     }
 
@@ -218,59 +319,74 @@ impl Shared {
         first.map_or(self.device, |buffer| buffer.tensor().device())
     }
 
-    /// Passes the end of an operation on.
-    fn watch(
-        self: &Arc<Self>,
-        work: C10dWork,
-        keep: KeepUntilEnd,
-        failure: Failure,
-        ms: i64,
-        done: Completion,
-    ) {
+    /// Starts a collective. On a device, copies that go with it, the user's own outputs' too, go to a stream beside the
+    /// program's: before and behind the operation, in order.
+    fn start(&self, site: &Site<'_>, call: &Call<'_>, done: &mut Completion) -> Result<Way, Refusal> {
+        let Some(side) = &self.side else {
+            let _alone = alone_at_the_recorder();
+            return site.start(call).map(Way::Told);
+        };
+        let write_back = done.take_write_back();
+        if write_back.is_none() && site.is_alone(call) {
+            let Started { work, finish } = site.start(call)?;
+            return Ok(Way::Given(
+                Arc::new(Given { work, mark: None }),
+                Box::new(|| finish().map(|()| None)),
+            ));
+        }
+        let behind = |started: Started, write_back: Option<WriteBack>| -> Told<C10dWork> {
+            started.work.order()?;
+            (started.finish)().map_err(|error| error.to_string())?;
+            write_back.map_or(Ok(()), |write| write().map_err(|error| error.to_string()))?;
+            Ok(started.work)
+        };
+        let (work, mark) = side
+            .lock()
+            .run(|| behind(site.start(call)?, write_back).map_err(Refusal::Told))
+            .map_err(Refusal::Told)?;
+        Ok(Way::Given(Arc::new(Given { work: work?, mark: Some(mark) }), Box::new(|| Ok(None))))
+    }
+
+    /// One more operation is under way.
+    pub(super) fn begin(&self) {
         self.pending.fetch_add(1, Ordering::AcqRel);
-        let shared = self.clone();
-        let start = Instant::now();
+    }
+
+    pub(super) fn look_after(&self, charge: Charge) {
+        let device = match self.device {
+            Device::Cuda(index) => index,
+            _ => 0,
+        };
+        self.lookout.add(device, charge);
+    }
+
+    /// Passes the end of one of Gloo's operations on.
+    fn watch(self: &Arc<Self>, work: &C10dWork, keep: Keep, failure: Failure, done: Completion) {
+        self.begin();
+        let (shared, start) = (self.clone(), Instant::now());
+        self.at_work.lock().insert(failure.seq, (failure.print.clone(), start));
         let end = move |result: Told<()>| {
+            shared.at_work.lock().remove(&failure.seq);
             shared.ended(result, keep, Failure { elapsed: start.elapsed(), ..failure }, done);
         };
-        match self.flavor {
-            Flavor::Gloo => match work.tell(end) {
-                Ok(true) => {}
-                // The end was dropped, and the completion with it: it says `Aborted`.
-                Ok(false) => tracing::error!("gloo gave an operation without a future"),
-                Err(text) => tracing::error!("gloo gave an operation without an end: {text}"),
-            },
-            Flavor::Nccl => {
-                let shared = self.clone();
-                waiters::run(move || end(shared.poll(&work, ms)));
-            }
+        match work.tell(end) {
+            Ok(true) => {}
+            // The end was dropped, and the completion with it: it says `Aborted`.
+            Ok(false) => tracing::error!("gloo gave an operation without a future"),
+            Err(text) => tracing::error!("gloo gave an operation without an end: {text}"),
         }
     }
 
-    /// Waits for an operation of a device; breaks it off when it takes too long.
-    fn poll(&self, work: &C10dWork, ms: i64) -> Told<()> {
-        let start = Instant::now();
-        let mut pause = Duration::from_micros(20);
-        loop {
-            if let Some(result) = work.poll() {
-                return match self.broken.load(Ordering::Acquire) {
-                    true => result.and_then(|()| Err("the group was aborted".to_owned())),
-                    false => result,
-                };
-            }
-            if start.elapsed().as_millis() as i64 > ms {
-                self.cut();
-                return Err("the operation timed out".to_owned());
-            }
-            if self.cause().is_some() {
-                return Err("the group was aborted".to_owned());
-            }
-            thread::sleep(pause);
-            pause = (pause * 2).min(Duration::from_millis(1));
-        }
+    /// The collective that has been under way for longer than this, if the group has not failed.
+    pub(super) fn stuck(&self, quick: Duration) -> Option<(u64, String)> {
+        let at_work = self.at_work.lock();
+        let (seq, (print, since)) = at_work.first_key_value()?;
+        let fate = self.fate.lock();
+        let stuck = since.elapsed() > quick && fate.cause.is_none() && fate.waiting.is_none();
+        stuck.then(|| (*seq, print.clone()))
     }
 
-    fn ended(self: &Arc<Self>, result: Told<()>, keep: KeepUntilEnd, failure: Failure, done: Completion) {
+    pub(super) fn ended(self: &Arc<Self>, result: Told<()>, keep: Keep, failure: Failure, done: Completion) {
         match result {
             Ok(()) => done.complete(keep().map(|source| Receipt { source })),
             Err(text) => {
@@ -284,7 +400,7 @@ impl Shared {
     }
 
     /// An operation failed: the cause is looked for, once, and given to all that failed.
-    fn failed(self: &Arc<Self>, failure: Failure, done: Completion) {
+    pub(super) fn failed(self: &Arc<Self>, failure: Failure, done: Completion) {
         let mut fate = self.fate.lock();
         if let Some(cause) = fate.cause.clone() {
             drop(fate);
@@ -319,7 +435,7 @@ impl Shared {
 
     /// Ends everything that is pending. Gloo has no abort; but a wait that times out closes all its
     /// connections, so one is made.
-    fn cut(&self) {
+    pub(super) fn cut(&self) {
         let Some(backend) = &self.backend else { return };
         match self.flavor {
             Flavor::Nccl => {
@@ -333,6 +449,7 @@ impl Shared {
                     .map_err(|e| e.to_string())
                     .and_then(|tensor| {
                         let _order = self.order.lock();
+                        let _alone = alone_at_the_recorder();
                         backend.recv(&tensor, None, CUT_TAG)
                     });
                 if let Ok(work) = work {
@@ -342,160 +459,11 @@ impl Shared {
             Flavor::Gloo => {}
         }
     }
-
-    fn transfer(self: &Arc<Self>, transfers: Vec<Transfer>) {
-        let mut far = Vec::new();
-        for transfer in transfers {
-            if let Some(cause) = self.cause() {
-                transfer.done.complete(Err(Error::Poisoned { cause }));
-                continue;
-            }
-            let rank = self.witness.rank;
-            let flat = match bytes(&transfer.buffer.tensor()) {
-                Ok(flat) => flat,
-                Err(error) => {
-                    transfer.done.complete(Err(error));
-                    continue;
-                }
-            };
-            match transfer.direction {
-                Direction::Send { dst } if dst == rank => {
-                    self.own.send(rank, transfer.tag, flat, transfer.done)
-                }
-                Direction::Recv { src: Some(src) } if src == rank => {
-                    self.own.recv(rank, transfer.tag, flat, transfer.done);
-                }
-                Direction::Recv { src: None } if self.own.has_sent(transfer.tag) => {
-                    self.own.recv(rank, transfer.tag, flat, transfer.done);
-                }
-                _ => far.push((transfer, flat)),
-            }
-        }
-        match self.flavor {
-            Flavor::Gloo => far.into_iter().for_each(|(transfer, flat)| self.message(transfer, flat)),
-            Flavor::Nccl => self.messages_at_once(far),
-        }
-    }
-
-    /// One message through Gloo, which can only be waited for.
-    fn message(self: &Arc<Self>, transfer: Transfer, flat: Tensor) {
-        let Some(backend) = &self.backend else { return };
-        let Ok(tag) = i32::try_from(transfer.tag)
-            .map_err(|_| ())
-            .and_then(|t| if t == CUT_TAG { Err(()) } else { Ok(t) })
-        else {
-            return transfer.done.complete(Err(Error::invalid(
-                "tag",
-                format_args!("{} was given; gloo takes tags below {CUT_TAG}", transfer.tag),
-            )));
-        };
-        let (op, work) = {
-            let _order = self.order.lock();
-            match transfer.direction {
-                Direction::Send { dst } => (format!("send to rank {dst}"), backend.send(&flat, dst, tag)),
-                Direction::Recv { src: Some(src) } => {
-                    (format!("recv from rank {src}"), backend.recv(&flat, Some(src), tag))
-                }
-                Direction::Recv { src: None } => {
-                    ("recv from any rank".to_owned(), backend.recv(&flat, None, tag))
-                }
-            }
-        };
-        let failure = Failure {
-            op: format!("{op} (tag {tag})"),
-            seq: *self.order.lock(),
-            print: String::new(),
-            elapsed: Duration::ZERO,
-            text: String::new(),
-        };
-        let (direction, ms, done) = (transfer.direction, millis(transfer.timeout), transfer.done);
-        let buffer = transfer.buffer;
-        let work = match work {
-            Ok(work) => work,
-            Err(text) => return self.failed(Failure { text, ..failure }, done),
-        };
-        self.pending.fetch_add(1, Ordering::AcqRel);
-        let shared = self.clone();
-        let start = Instant::now();
-        waiters::run(move || {
-            let result = work.wait(ms);
-            let keep = Box::new(move || {
-                drop(buffer);
-                Ok(match direction {
-                    Direction::Recv { src } => src.or_else(|| work.source()),
-                    Direction::Send { .. } => None,
-                })
-            });
-            shared.ended(result, keep, Failure { elapsed: start.elapsed(), ..failure }, done);
-        });
-    }
-
-    /// Messages through NCCL: one operation, in the order in which both sides give them. NCCL knows no tags.
-    fn messages_at_once(self: &Arc<Self>, messages: Vec<(Transfer, Tensor)>) {
-        let Some(backend) = &self.backend else { return };
-        if messages.is_empty() {
-            return;
-        }
-        let ms = messages.iter().map(|(t, _)| millis(t.timeout)).max().unwrap_or(1);
-        let start = || -> Told<C10dWork> {
-            backend.start_group()?;
-            let mut outcome = Ok(());
-            for (transfer, flat) in &messages {
-                let one = match transfer.direction {
-                    Direction::Send { dst } => backend.send(flat, dst, 0),
-                    Direction::Recv { src: Some(src) } => backend.recv(flat, Some(src), 0),
-                    Direction::Recv { src: None } => {
-                        Err("nccl cannot receive from any rank: name one".to_owned())
-                    }
-                };
-                outcome = outcome.and(one.map(|_| ()));
-            }
-            let work = backend.end_group();
-            outcome.and(work)
-        };
-        let (seq, started) = {
-            let order = self.order.lock();
-            (*order, start())
-        };
-        let (mut dones, mut keep): (Vec<_>, Vec<_>) = (Vec::new(), Vec::new());
-        for (transfer, flat) in messages {
-            let source = match transfer.direction {
-                Direction::Recv { src } => src,
-                Direction::Send { .. } => None,
-            };
-            dones.push((transfer.done, source));
-            keep.push((transfer.buffer, flat));
-        }
-        let all = Completion::from_fn(move |result| {
-            for (done, source) in dones {
-                done.complete(match &result {
-                    Ok(_) => Ok(Receipt { source }),
-                    Err(error) => Err(error.duplicate()),
-                });
-            }
-        });
-        let failure = Failure {
-            op: "batch of messages".to_owned(),
-            seq,
-            print: String::new(),
-            elapsed: Duration::ZERO,
-            text: String::new(),
-        };
-        match started {
-            Ok(work) => {
-                let keep = Box::new(move || {
-                    drop(keep);
-                    Ok(None)
-                });
-                self.watch(work, keep, failure, ms, all);
-            }
-            Err(text) => self.failed(Failure { text, ..failure }, all),
-        }
-    }
 }
 
 impl Drop for Shared {
     fn drop(&mut self) {
+        self.lookout.close();
         // Its destructor waits for what is pending, and this may be one of the engine's own threads.
         if let Some(backend) = self.backend.take() {
             let witness = self.witness.clone();

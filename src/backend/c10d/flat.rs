@@ -3,7 +3,8 @@
 use tch::{Device, Kind, Tensor};
 
 use crate::Result;
-use crate::backend::{Buffer, segment_numel};
+use crate::backend::{Buffer, Segment, segment_numel};
+use crate::libtorch::storage_offset;
 
 /// A flat tensor to read from: the buffer itself, or a copy of several.
 pub(super) fn read(segment: &[Buffer<'_>], kind: Kind, device: Device) -> Result<Tensor> {
@@ -12,6 +13,23 @@ pub(super) fn read(segment: &[Buffer<'_>], kind: Kind, device: Device) -> Result
         [one] => Ok(one.tensor()),
         many => Ok(Tensor::f_cat(&many.iter().map(Buffer::tensor).collect::<Vec<_>>(), 0)?),
     }
+}
+
+/// Segments that lie one behind the other in one memory, as one flat tensor; `None` where they do not.
+pub(super) fn whole(segments: &[Segment<'_>]) -> Option<Tensor> {
+    let mut buffers = segments.iter().flatten().filter(|buffer| buffer.numel() > 0);
+    let first = buffers.next()?;
+    let (mut end, mut numel) = (first.data_ptr().wrapping_add(first.bytes()), first.numel());
+    for buffer in buffers {
+        if buffer.data_ptr() != end {
+            return None;
+        }
+        end = end.wrapping_add(buffer.bytes());
+        numel += buffer.numel();
+    }
+    let flat = first.tensor();
+    // Where neighbours belong to different tensors, the first one's memory ends before.
+    flat.f_as_strided([numel as i64], [1], storage_offset(&flat)).ok()
 }
 
 /// A flat tensor to write to: the buffer itself, or a place for several whose content is copied back.

@@ -2,9 +2,6 @@
 
 use std::sync::Arc;
 
-use tch::Device;
-
-use super::combine::Flavor;
 use super::engine::{Engine, millis};
 use super::inquest::Witness;
 use crate::backend::{BackendContext, CollectiveBackend};
@@ -29,5 +26,5 @@ pub(crate) fn create(context: BackendContext) -> Result<Arc<dyn CollectiveBacken
         Error::Rendezvous { reason: format!("gloo could not connect group {group_name}{absent}: {text}") }
     })?;
     witness.settle()?;
-    Ok(Arc::new(Engine::new(Flavor::Gloo, backend, Device::Cpu, witness)))
+    Ok(Arc::new(Engine::gloo(backend, witness)))
 }

@@ -1,8 +1,9 @@
 //! libtorch's own engines, Gloo and NCCL, behind one adapter.
 //!
 //! Both are `c10d::Backend`s. [`engine`] turns calls into operations on flat tensors ([`flat`], [`ops`],
-//! [`combine`]) and their ends into completions; [`inquest`] finds out, through the store, what a failure
-//! was, for these engines know addresses, not ranks. Worlds can be shared with Python: the keys on the
+//! [`combine`]), [`messages`] those from rank to rank, and their ends into completions; on devices [`lookout`] waits for
+//! the ends. [`sentry`] notices ranks that called different things, and [`inquest`] finds out, through the store, what a
+//! failure was, for these engines know addresses, not ranks. Worlds can be shared with Python: the keys on the
 //! wire, the order of construction and the operations are PyTorch's, with one exception: PyTorch's Gloo has
 //! another way over the wire for `reduce_scatter` of lists, so that only `reduce_scatter_tensor` is shared.
 //!
@@ -14,9 +15,12 @@ mod engine;
 mod flat;
 mod gloo;
 mod inquest;
+mod lookout;
+mod messages;
 mod nccl;
 mod ops;
 mod own;
+mod sentry;
 mod waiters;
 
 #[cfg(test)]
@@ -25,3 +29,4 @@ mod tests;
 pub(super) use crate::libtorch::why_no_nccl;
 pub(super) use gloo::create as create_gloo;
 pub(super) use nccl::create as create_nccl;
+pub(crate) use nccl::split as split_nccl;

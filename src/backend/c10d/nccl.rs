@@ -1,35 +1,57 @@
 //! libtorch's NCCL: CUDA tensors.
 //!
 //! It compiles and links, in CI too, and has never yet been run on a GPU by us. What differs from PyTorch:
-//! * The end of an operation is found by polling its CUDA event on a thread: `Work::wait` blocks the host until the
-//!   device has finished, where PyTorch's only orders streams. tch uses one stream a device, so results are ordered
-//!   with what the program does next.
 //! * libtorch's watchdog and monitor are told, by their environment variables, not to end the process
-//!   (`src/libtorch/c10d/nccl.cpp`); we watch the time and abort.
+//!   (`src/libtorch/c10d/nccl.cpp`); [`lookout`](super::lookout) watches the time and aborts.
+//! * Copies that go with an operation, into one buffer and out of it, run on a stream of their own, beside the program's.
 //! * Messages always go as a batch: the Python side of one is `batch_isend_irecv`, not `send`.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tch::{Cuda, Device};
 
-use super::combine::Flavor;
 use super::engine::{Engine, millis};
 use super::inquest::Witness;
-use crate::backend::{BackendContext, CollectiveBackend};
-use crate::libtorch::{C10dBackend, C10dMember, C10dStore, why_no_nccl};
+use crate::backend::{BackendContext, CollectiveBackend, Placement};
+use crate::libtorch::{C10dBackend, C10dMember, C10dStore, NcclPlan, SideStream, use_device, why_no_nccl};
+use crate::store::HashStore;
 use crate::{Error, Result};
 
-/// Makes the engine. The device is the one whose index is the rank among this host's ranks, unless the
-/// tensors say otherwise: a communicator is made for the device of the first operation.
-pub(crate) fn create(context: BackendContext) -> Result<Arc<dyn CollectiveBackend>> {
+/// For what is not waited for.
+const TIMEOUT: Duration = Duration::from_secs(60);
+
+fn plan(placement: Placement, timeout: Duration) -> NcclPlan {
+    NcclPlan {
+        device: placement.cuda() as i32,
+        eager: placement.device.is_some(),
+        high_priority: placement.high_priority_stream,
+        timeout_ms: millis(timeout),
+    }
+}
+
+/// Makes the engine, bound to this rank's device. Where the user named the device, ranks connect at once; else with the
+/// first operation.
+pub(crate) fn create(context: BackendContext, placement: Placement) -> Result<Arc<dyn CollectiveBackend>> {
     if let Some(reason) = why_no_nccl() {
         return Err(Error::BackendUnavailable { backend: "nccl".to_owned(), reason });
     }
+    let devices = usize::try_from(Cuda::device_count()).unwrap_or(0);
+    match placement.device {
+        Some(Device::Cuda(index)) if index < devices => {}
+        None => {}
+        Some(other) => {
+            return Err(Error::invalid(
+                "device",
+                format!(
+                    "{other:?} was given; nccl takes a CUDA device from 0 to {}",
+                    devices.saturating_sub(1)
+                ),
+            ));
+        }
+    }
     let BackendContext { store, rank, size, ranks, timeout, group_name } = context;
-    let devices = usize::try_from(Cuda::device_count()).unwrap_or(1).max(1);
-    let local =
-        std::env::var("LOCAL_RANK").ok().and_then(|text| text.trim().parse().ok()).unwrap_or(ranks[rank]);
-    let device = local % devices;
+    let device = placement.cuda();
     let witness = Witness { store: store.clone(), rank, size };
     witness.arrive()?;
     let unreachable = |reason: String| Error::Rendezvous { reason };
@@ -37,9 +59,51 @@ pub(crate) fn create(context: BackendContext) -> Result<Arc<dyn CollectiveBacken
     store.set_timeout(timeout).map_err(unreachable)?;
     let member =
         C10dMember { store: &store, rank, ranks: &ranks, name: &group_name, timeout_ms: millis(timeout) };
-    let backend = C10dBackend::nccl(&member, device, false).map_err(|text| Error::Rendezvous {
-        reason: format!("nccl could not be made for group {group_name}: {text}"),
+    let plan = plan(placement, timeout);
+    let made = || {
+        use_device(device)?;
+        let backend = C10dBackend::nccl(&member, plan)?;
+        Ok((backend, SideStream::new(device, plan.high_priority)?))
+    };
+    let (backend, side) = made().map_err(|text: String| Error::Rendezvous {
+        reason: format!("nccl could not be made for group {group_name} on cuda device {device}: {text}"),
     })?;
     witness.settle()?;
-    Ok(Arc::new(Engine::new(Flavor::Nccl, backend, Device::Cuda(device), witness)))
+    Ok(Arc::new(Engine::nccl(backend, device, side, witness)))
+}
+
+/// The engine of some ranks of an NCCL group, whose communicator is split off the group's instead of connected anew.
+/// Every rank of the group calls it; `members` are ranks of it, and `context` is there where this rank is one of them.
+/// `None` where this rank is none, or where the group has no NCCL engine.
+pub(crate) fn split(
+    parent: &dyn CollectiveBackend,
+    members: &[usize],
+    context: Option<BackendContext>,
+    placement: Placement,
+) -> Result<Option<Arc<dyn CollectiveBackend>>> {
+    let Some(parent) = parent.as_any().and_then(|any| any.downcast_ref::<Engine>()) else { return Ok(None) };
+    let failed = |text: String| Error::Rendezvous { reason: format!("nccl could not split a group: {text}") };
+    let Some(BackendContext { store, rank, size, ranks, timeout, group_name }) = context else {
+        // No key of it is read.
+        let nowhere = C10dStore::from_rust(Arc::new(HashStore::new())).map_err(failed)?;
+        let plan = plan(placement, TIMEOUT);
+        let member =
+            C10dMember { store: &nowhere, rank: 0, ranks: &[], name: "", timeout_ms: plan.timeout_ms };
+        parent.split(&member, members, plan).transpose().map_err(failed)?;
+        return Ok(None);
+    };
+    let witness = Witness { store: store.clone(), rank, size };
+    witness.arrive()?;
+    let store = C10dStore::from_rust(store).map_err(failed)?;
+    store.set_timeout(timeout).map_err(failed)?;
+    let member =
+        C10dMember { store: &store, rank, ranks: &ranks, name: &group_name, timeout_ms: millis(timeout) };
+    let plan = plan(placement, timeout);
+    let Some(backend) = parent.split(&member, members, plan).transpose().map_err(failed)?.flatten() else {
+        return Ok(None);
+    };
+    let device = placement.cuda();
+    let side = SideStream::new(device, plan.high_priority).map_err(failed)?;
+    witness.settle()?;
+    Ok(Some(Arc::new(Engine::nccl(backend, device, side, witness))))
 }

@@ -3,8 +3,8 @@
 use tch::{Device, Kind, Tensor};
 
 use super::combine::{Combine, Flavor, combine};
-use super::flat::{Written, bytes, padded, read, unpad};
-use crate::backend::{Call, Op, segment_numel};
+use super::flat::{Written, bytes, padded, read, unpad, whole};
+use crate::backend::{Call, Op, Segment, segment_numel};
 use crate::libtorch::{C10dBackend, C10dWork, Told};
 use crate::{Error, ReduceOp, Result};
 
@@ -48,10 +48,35 @@ pub(super) struct Site<'a> {
     pub(super) rank: usize,
     pub(super) size: usize,
     pub(super) device: Device,
+    /// Whether every rank is one of this crate.
+    pub(super) pure: bool,
     pub(super) ms: i64,
 }
 
 impl Site<'_> {
+    /// Whether the engine's operation is all there is to a call: no copies before or after it.
+    pub(super) fn is_alone(&self, call: &Call<'_>) -> bool {
+        let single = |segments: &[Segment<'_>]| matches!(segments, [one] if one.len() == 1);
+        let plain = |op: ReduceOp| self.combine(op, call.kind).is_ok_and(|combine| combine.is_all());
+        match call.op {
+            Op::AllReduce(op) => single(&call.outputs) && plain(op),
+            Op::Broadcast { .. } => single(&call.outputs),
+            Op::AllGather => single(&call.inputs) && self.gathers_flat(call).is_some(),
+            Op::ReduceScatter(op) => {
+                let even = even(&call.inputs);
+                single(&call.outputs) && plain(op) && even && whole(&call.inputs).is_some()
+            }
+            Op::AllToAll => whole(&call.inputs).is_some() && whole(&call.outputs).is_some(),
+            Op::Barrier => true,
+            _ => false,
+        }
+    }
+
+    /// Where an all-gather writes, if that is one piece of memory, cut evenly.
+    fn gathers_flat(&self, call: &Call<'_>) -> Option<Tensor> {
+        (self.flavor == Flavor::Nccl && even(&call.outputs)).then(|| whole(&call.outputs)).flatten()
+    }
+
     pub(super) fn start(&self, call: &Call<'_>) -> Result<Started, Refusal> {
         match call.op {
             Op::AllReduce(op) => self.all_reduce(call, op),
@@ -140,6 +165,15 @@ impl Site<'_> {
 
     fn all_gather(&self, call: &Call<'_>) -> Result<Started, Refusal> {
         let input = self.read(call, 0)?;
+        if let Some(all) = self.gathers_flat(call) {
+            let input = bytes(&input)?;
+            let work = told(self.backend.all_gather_flat(&bytes(&all)?, &input, self.ms))?;
+            let finish = Box::new(move || {
+                drop(input);
+                Ok(())
+            });
+            return Ok(Started { work, finish });
+        }
         let gathered = Gathered::new(self, call)?;
         let input = bytes(&gathered.fit(&input)?)?;
         let work = told(self.backend.all_gather(&gathered.places()?, &input, self.ms))?;
@@ -182,7 +216,12 @@ impl Site<'_> {
         })
     }
 
+    /// Other ranks than the root do not know whether all are of one size. Among ranks of this crate it goes the way of an
+    /// all-to-all, which takes any; a scatter that Python takes part in must be even.
     fn scatter(&self, call: &Call<'_>, src: usize) -> Result<Started, Refusal> {
+        if self.pure {
+            return self.scatter_unevenly(call, src);
+        }
         let out = self.write(call, 0)?;
         let mut inputs = Vec::new();
         if self.rank == src {
@@ -202,9 +241,46 @@ impl Site<'_> {
         Ok(Started { work, finish })
     }
 
+    fn scatter_unevenly(&self, call: &Call<'_>, src: usize) -> Result<Started, Refusal> {
+        let element = call.kind.elt_size_in_bytes();
+        let out = self.write(call, 0)?;
+        let place = bytes(&out.flat)?;
+        let (mut ins, mut outs) = (vec![0; self.size], vec![0; self.size]);
+        outs[src] = place.numel() as i64;
+        let mut parts = Vec::new();
+        if self.rank == src {
+            ins = call.inputs.iter().map(|segment| (segment_numel(segment) * element) as i64).collect();
+            parts = (0..self.size).map(|index| self.read(call, index)).collect::<Result<_>>()?;
+        }
+        let input = match &parts[..] {
+            [] => self.empty(0, Kind::Uint8)?,
+            parts => bytes(&Tensor::f_cat(parts, 0)?)?,
+        };
+        let work = told(self.backend.all_to_all(&place, &input, &outs, &ins, self.ms))?;
+        let finish = Box::new(move || {
+            drop(input);
+            out.deliver()
+        });
+        Ok(Started { work, finish })
+    }
+
     fn reduce_scatter(&self, call: &Call<'_>, op: ReduceOp) -> Result<Started, Refusal> {
         let combine = self.combine(op, call.kind)?;
         let sizes: Vec<usize> = call.inputs.iter().map(|segment| segment_numel(segment)).collect();
+        if self.flavor == Flavor::Nccl
+            && combine.is_all()
+            && even(&call.inputs)
+            && let Some(input) = whole(&call.inputs)
+        {
+            let out = self.write(call, 0)?;
+            let (view, input) = (combine.view(&out.flat)?, combine.view(&input)?);
+            let work = told(self.backend.reduce_scatter(&view, &input, combine.how, self.ms))?;
+            let finish = Box::new(move || {
+                drop((view, input));
+                out.deliver()
+            });
+            return Ok(Started { work, finish });
+        }
         let parts = (0..self.size).map(|i| self.read(call, i)).collect::<Result<Vec<_>>>()?;
         if self.flavor == Flavor::Gloo {
             return self.reduce_and_keep(call, combine, &parts, &sizes);
@@ -266,19 +342,33 @@ impl Site<'_> {
 
     fn all_to_all(&self, call: &Call<'_>) -> Result<Started, Refusal> {
         let element = call.kind.elt_size_in_bytes();
-        let sizes = |segments: &[crate::backend::Segment<'_>]| -> Vec<i64> {
+        let sizes = |segments: &[Segment<'_>]| -> Vec<i64> {
             segments.iter().map(|segment| (segment_numel(segment) * element) as i64).collect()
         };
         let (mut ins, mut outs) = (sizes(&call.inputs), sizes(&call.outputs));
-        let parts = (0..self.size).map(|i| self.read(call, i)).collect::<Result<Vec<_>>>()?;
-        let input = bytes(&Tensor::f_cat(&parts, 0)?)?;
-        let output = self.empty(outs.iter().sum::<i64>() as usize, Kind::Uint8)?;
-        let places = (0..self.size).map(|i| self.write(call, i)).collect::<Result<Vec<_>>>()?;
+        let input = match whole(&call.inputs) {
+            Some(input) => input,
+            None => {
+                let parts = (0..self.size).map(|i| self.read(call, i)).collect::<Result<Vec<_>>>()?;
+                Tensor::f_cat(&parts, 0)?
+            }
+        };
+        let input = bytes(&input)?;
         let splits = outs.clone();
         if ins.iter().chain(&outs).all(|n| *n == ins[0]) {
             ins.clear();
             outs.clear();
         }
+        if let Some(output) = whole(&call.outputs) {
+            let work = told(self.backend.all_to_all(&bytes(&output)?, &input, &outs, &ins, self.ms))?;
+            let finish = Box::new(move || {
+                drop(input);
+                Ok(())
+            });
+            return Ok(Started { work, finish });
+        }
+        let output = self.empty(splits.iter().sum::<i64>() as usize, Kind::Uint8)?;
+        let places = (0..self.size).map(|i| self.write(call, i)).collect::<Result<Vec<_>>>()?;
         let work = told(self.backend.all_to_all(&output, &input, &outs, &ins, self.ms))?;
         let finish = Box::new(move || {
             drop(input);
@@ -292,6 +382,11 @@ impl Site<'_> {
         });
         Ok(Started { work, finish })
     }
+}
+
+/// Whether all segments are of one size.
+fn even(segments: &[Segment<'_>]) -> bool {
+    segments.windows(2).all(|pair| segment_numel(&pair[0]) == segment_numel(&pair[1]))
 }
 
 /// One place for each rank, of one size, because these engines take no others.

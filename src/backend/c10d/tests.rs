@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use smallvec::{SmallVec, smallvec};
 use tch::{Device, Kind, Tensor};
@@ -188,6 +188,37 @@ fn every_kind_is_moved_and_what_can_be_is_reduced() {
     });
 }
 
+#[test]
+fn a_scatter_may_be_uneven_among_ranks_of_this_crate() {
+    ranks(3, |rank, gloo| {
+        for src in 0..3 {
+            let inputs: Vec<Tensor> = (0..3).map(|to| f32s(&vec![(10 * src + to) as f32; 2 * to])).collect();
+            let ins: Vec<&Tensor> = if rank == src { inputs.iter().collect() } else { vec![] };
+            let output = f32s(&vec![-1.0; 2 * rank]);
+            gloo.run(call(Op::Scatter { src }, Kind::Float, &ins, &[&output])).unwrap();
+            assert_eq!(values(&output), vec![(10 * src + rank) as f64; 2 * rank], "from {src}");
+        }
+        gloo.shutdown(SECONDS).unwrap();
+    });
+}
+
+#[test]
+fn ranks_that_call_different_things_find_out_long_before_the_timeout() {
+    let start = Instant::now();
+    let errors = ranks(3, |rank, gloo| {
+        let op = if rank == 2 { Op::Broadcast { src: 0 } } else { Op::AllReduce(ReduceOp::Sum) };
+        gloo.run(call(op, Kind::Float, &[], &[&f32s(&[1.0])])).unwrap_err()
+    });
+    assert!(start.elapsed() < SECONDS * 3 / 4, "{:?}", start.elapsed());
+    for (rank, error) in errors.iter().enumerate() {
+        let odd = if rank == 2 { 0 } else { 2 };
+        assert!(
+            matches!(error, Error::Desync { rank, seq: 1, .. } if *rank == odd),
+            "rank {rank}: {error:?}"
+        );
+    }
+}
+
 fn transfer(
     direction: Direction,
     tag: u32,
@@ -228,6 +259,35 @@ fn messages_go_by_tag_from_anybody_and_to_oneself() {
         assert_eq!(values(&got[1]), [10.0 + from as f64]);
         assert_eq!(values(&own), [70.0]);
         gloo.run(call(Op::Barrier, Kind::Uint8, &[], &[])).unwrap();
+    });
+}
+
+#[test]
+fn a_message_to_oneself_is_refused_while_anybody_may_send_one_with_its_tag() {
+    ranks(2, |rank, gloo| {
+        let got = f32s(&[-1.0]);
+        let (asks, end) = transfer(Direction::Recv { src: None }, 3, &got);
+        gloo.transfer(vec![asks]);
+        let (own, refused) = transfer(Direction::Send { dst: rank }, 3, &f32s(&[7.0]));
+        gloo.transfer(vec![own]);
+        let error = refused.recv_timeout(SECONDS).unwrap().unwrap_err();
+        assert!(matches!(&error, Error::Unsupported { what, .. } if what.contains("oneself")), "{error:?}");
+        // The receive goes on.
+        let (send, sent) = transfer(Direction::Send { dst: 1 - rank }, 3, &f32s(&[rank as f32]));
+        gloo.transfer(vec![send]);
+        sent.recv_timeout(SECONDS).unwrap().unwrap();
+        assert_eq!(end.recv_timeout(SECONDS).unwrap().unwrap().source, Some(1 - rank));
+        assert_eq!(values(&got), [(1 - rank) as f64]);
+        gloo.run(call(Op::Barrier, Kind::Uint8, &[], &[])).unwrap();
+    });
+    ranks(1, |_, gloo| {
+        let got = f32s(&[-1.0]);
+        let (asks, end) = transfer(Direction::Recv { src: None }, 3, &got);
+        let (own, sent) = transfer(Direction::Send { dst: 0 }, 3, &f32s(&[7.0]));
+        gloo.transfer(vec![asks, own]);
+        sent.recv_timeout(SECONDS).unwrap().unwrap();
+        assert_eq!(end.recv_timeout(SECONDS).unwrap().unwrap().source, Some(0));
+        assert_eq!(values(&got), [7.0]);
     });
 }
 

@@ -1,6 +1,6 @@
 // Makes libtorch's NCCL engine as PyTorch makes it, so that Python ranks can be in the group. Compiled with the
 // feature `nccl` only.
-#include "../c10d.h"
+#include "tch-distributed/src/libtorch/c10d.rs.h"
 
 #include <array>
 #include <string>
@@ -36,6 +36,17 @@ void keep_the_process_alive() {
     c10::utils::set_env(ERROR_HANDLING, "0");
   }
 }
+
+c10::intrusive_ptr<c10d::ProcessGroupNCCL::Options> nccl_options(
+    rust::Slice<const std::uint64_t> ranks,
+    rust::Str name,
+    const NcclPlan& plan) {
+  auto options = c10d::ProcessGroupNCCL::Options::create(plan.high_priority);
+  options->timeout = std::chrono::milliseconds(plan.timeout_ms);
+  options->group_name = std::string(name);
+  options->global_ranks_in_group.assign(ranks.begin(), ranks.end());
+  return options;
+}
 } // namespace
 
 rust::String why_no_nccl() {
@@ -53,20 +64,44 @@ std::unique_ptr<C10dBackend> new_nccl(
     std::int32_t rank,
     rust::Slice<const std::uint64_t> ranks,
     rust::Str name,
-    std::int32_t device,
-    bool high_priority,
-    std::int64_t timeout_ms) {
+    const NcclPlan& plan) {
   using c10d::ProcessGroupNCCL;
   keep_the_process_alive();
   // Nothing of this may be allocated on another device.
-  c10::DeviceGuard guard(at::Device(at::kCUDA, static_cast<c10::DeviceIndex>(device)));
-  auto options = ProcessGroupNCCL::Options::create(high_priority);
-  options->timeout = std::chrono::milliseconds(timeout_ms);
-  options->group_name = std::string(name);
-  options->global_ranks_in_group.assign(ranks.begin(), ranks.end());
+  const at::Device bound(at::kCUDA, static_cast<c10::DeviceIndex>(plan.device));
+  c10::DeviceGuard guard(bound);
+  auto options = nccl_options(ranks, name, plan);
   auto parts = std::make_unique<BackendParts>();
   parts->backend = c10::make_intrusive<ProcessGroupNCCL>(
       store.parts().store, rank, static_cast<int>(ranks.size()), options);
+  parts->backend->setSequenceNumberForGroup();
+  if (plan.eager) {
+    parts->backend->setBoundDeviceId(bound);
+    parts->backend->eagerConnectSingleDevice(bound);
+  }
+  return std::make_unique<C10dBackend>(std::move(parts));
+}
+
+std::unique_ptr<C10dBackend> split_nccl(
+    const C10dBackend& parent,
+    const StoreHandle& store,
+    rust::Slice<const std::int32_t> members,
+    rust::Slice<const std::uint64_t> ranks,
+    rust::Str name,
+    const NcclPlan& plan) {
+  const at::Device bound(at::kCUDA, static_cast<c10::DeviceIndex>(plan.device));
+  c10::DeviceGuard guard(bound);
+  std::vector<int> in_parent(members.begin(), members.end());
+  auto options = nccl_options(ranks, name, plan);
+  auto child = parent.parts().backend->split(store.parts().store, in_parent, options);
+  if (!child) {
+    return nullptr;
+  }
+  auto parts = std::make_unique<BackendParts>();
+  parts->backend = std::move(child);
+  parts->backend->setBoundDeviceId(bound);
+  // The ranks that are not members have done their part of the split; it ends when members do theirs.
+  parts->backend->eagerConnectSingleDevice(bound);
   parts->backend->setSequenceNumberForGroup();
   return std::make_unique<C10dBackend>(std::move(parts));
 }

@@ -12,9 +12,16 @@ std::unique_ptr<C10dBackend> new_nccl(
     std::int32_t,
     rust::Slice<const std::uint64_t>,
     rust::Str,
-    std::int32_t,
-    bool,
-    std::int64_t) {
+    const NcclPlan&) {
+  throw std::runtime_error("this build has no NCCL");
+}
+std::unique_ptr<C10dBackend> split_nccl(
+    const C10dBackend&,
+    const StoreHandle&,
+    rust::Slice<const std::int32_t>,
+    rust::Slice<const std::uint64_t>,
+    rust::Str,
+    const NcclPlan&) {
   throw std::runtime_error("this build has no NCCL");
 }
 } // namespace tchd

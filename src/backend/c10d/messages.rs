@@ -1,0 +1,233 @@
+//! Point-to-point messages.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tch::Tensor;
+
+use super::combine::Flavor;
+use super::engine::{CUT_TAG, Shared, alone_at_the_recorder, millis};
+use super::flat::bytes;
+use super::inquest::Failure;
+use super::lookout::{Charge, Given};
+use super::waiters;
+use crate::backend::{Completion, Direction, Receipt, Transfer, WriteBack};
+use crate::libtorch::Told;
+use crate::{Error, Result};
+
+/// A message to or from another rank, and its bytes.
+type Message = (Transfer, Tensor);
+
+impl Shared {
+    pub(super) fn transfer(self: &Arc<Self>, transfers: Vec<Transfer>) {
+        let mut far = Vec::new();
+        for transfer in transfers {
+            if let Some(cause) = self.cause() {
+                transfer.done.complete(Err(Error::Poisoned { cause }));
+                continue;
+            }
+            let rank = self.witness.rank;
+            let flat = match bytes(&transfer.buffer.tensor()) {
+                Ok(flat) => flat,
+                Err(error) => {
+                    transfer.done.complete(Err(error));
+                    continue;
+                }
+            };
+            match transfer.direction {
+                Direction::Send { dst } if dst == rank => {
+                    if self.asks_anybody(transfer.tag) {
+                        transfer.done.complete(Err(self.no_self_send(transfer.tag)));
+                        continue;
+                    }
+                    self.own.send(rank, transfer.tag, flat, transfer.done);
+                }
+                Direction::Recv { src: Some(src) } if src == rank => {
+                    self.own.recv(rank, transfer.tag, flat, transfer.done);
+                }
+                // In a group of one only oneself can send.
+                Direction::Recv { src: None }
+                    if self.own.has_sent(transfer.tag) || self.witness.size == 1 =>
+                {
+                    self.own.recv(rank, transfer.tag, flat, transfer.done);
+                }
+                _ => far.push((transfer, flat)),
+            }
+        }
+        match self.flavor {
+            Flavor::Gloo => far.into_iter().for_each(|(transfer, flat)| self.message(transfer, flat)),
+            Flavor::Nccl => self.messages_at_once(far),
+        }
+    }
+
+    /// Whether the engine has a receive from any rank under this tag: it hears nothing of this rank's own messages.
+    fn asks_anybody(&self, tag: u32) -> bool {
+        self.from_any.lock().get(&tag).is_some_and(|receives| *receives > 0)
+    }
+
+    fn no_self_send(&self, tag: u32) -> Error {
+        Error::Unsupported {
+            backend: self.flavor.name().to_owned(),
+            what: format!(
+                "a message to oneself while a receive from any rank with its tag, {tag}, is under way: send before \
+                 receiving, or name the rank"
+            ),
+        }
+    }
+
+    /// One message through Gloo, which can only be waited for.
+    fn message(self: &Arc<Self>, transfer: Transfer, flat: Tensor) {
+        let Some(backend) = &self.backend else { return };
+        let Some(tag) = i32::try_from(transfer.tag).ok().filter(|tag| *tag != CUT_TAG) else {
+            return transfer.done.complete(Err(Error::invalid(
+                "tag",
+                format_args!("{} was given; gloo takes tags below {CUT_TAG}", transfer.tag),
+            )));
+        };
+        let (op, work) = {
+            let _order = self.order.lock();
+            let _alone = alone_at_the_recorder();
+            match transfer.direction {
+                Direction::Send { dst } => (format!("send to rank {dst}"), backend.send(&flat, dst, tag)),
+                Direction::Recv { src: Some(src) } => {
+                    (format!("recv from rank {src}"), backend.recv(&flat, Some(src), tag))
+                }
+                Direction::Recv { src: None } => {
+                    ("recv from any rank".to_owned(), backend.recv(&flat, None, tag))
+                }
+            }
+        };
+        let failure = self.failure_of(format!("{op} (tag {tag})"));
+        let Transfer { direction, timeout, done, buffer, tag, .. } = transfer;
+        let work = match work {
+            Ok(work) => work,
+            Err(text) => return self.failed(Failure { text, ..failure }, done),
+        };
+        let from_any = direction == Direction::Recv { src: None };
+        if from_any {
+            *self.from_any.lock().entry(tag).or_insert(0) += 1;
+        }
+        self.begin();
+        let (shared, ms, start) = (self.clone(), millis(timeout), Instant::now());
+        waiters::run(move || {
+            let result = work.wait(ms);
+            if from_any && let Some(receives) = shared.from_any.lock().get_mut(&tag) {
+                *receives -= 1;
+            }
+            let keep = Box::new(move || {
+                drop(buffer);
+                Ok(match direction {
+                    Direction::Recv { src } => src.or_else(|| work.source()),
+                    Direction::Send { .. } => None,
+                })
+            });
+            shared.ended(result, keep, Failure { elapsed: start.elapsed(), ..failure }, done);
+        });
+    }
+
+    /// Messages through NCCL: one operation, in the order in which both sides give them. NCCL knows no tags.
+    fn messages_at_once(self: &Arc<Self>, messages: Vec<Message>) {
+        let (messages, refused): (Vec<Message>, Vec<Message>) =
+            messages.into_iter().partition(|(t, _)| t.direction != Direction::Recv { src: None });
+        for (transfer, _) in refused {
+            transfer.done.complete(Err(Error::Unsupported {
+                backend: self.flavor.name().to_owned(),
+                what: "a receive from any rank: name one".to_owned(),
+            }));
+        }
+        if messages.is_empty() {
+            return;
+        }
+        let ms = messages.iter().map(|(t, _)| millis(t.timeout)).max().unwrap_or(1);
+        let (mut dones, mut writes, mut keep) = (Vec::new(), Vec::new(), Vec::new());
+        let mut parts = Vec::new();
+        for (mut transfer, flat) in messages {
+            let source = match transfer.direction {
+                Direction::Recv { src } => src,
+                Direction::Send { .. } => None,
+            };
+            writes.extend(transfer.done.take_write_back());
+            parts.push((transfer.direction, flat.shallow_clone()));
+            dones.push((transfer.done, source));
+            keep.push((transfer.buffer, flat));
+        }
+        let (failure, started) = {
+            let order = self.order.lock();
+            (self.failure_at("batch of messages".to_owned(), *order), self.exchange(&parts, writes))
+        };
+        if let Ok(given) = &started {
+            for (done, source) in &dones {
+                given_order(done, Receipt { source: *source }, given);
+            }
+        }
+        let all = Completion::from_fn(move |result| {
+            for (done, source) in dones {
+                done.complete(match &result {
+                    Ok(_) => Ok(Receipt { source }),
+                    Err(error) => Err(error.duplicate()),
+                });
+            }
+        });
+        match started {
+            Ok(given) => {
+                self.begin();
+                let keep = Box::new(move || {
+                    drop(keep);
+                    Ok(None)
+                });
+                let (shared, start) = (self.clone(), Instant::now());
+                self.look_after(Charge { shared, given, keep, failure, start, ms, done: all });
+            }
+            Err(text) => self.failed(Failure { text, ..failure }, all),
+        }
+    }
+
+    /// Starts the messages as one operation, and what has to be written after it.
+    fn exchange(&self, parts: &[(Direction, Tensor)], writes: Vec<WriteBack>) -> Told<Arc<Given>> {
+        let Some(backend) = &self.backend else { return Err("the group is gone".to_owned()) };
+        let start = || {
+            backend.start_group()?;
+            let mut outcome = Ok(());
+            for (direction, flat) in parts {
+                let one = match *direction {
+                    Direction::Send { dst } => backend.send(flat, dst, 0),
+                    Direction::Recv { src } => backend.recv(flat, src, 0),
+                };
+                outcome = outcome.and(one.map(drop));
+            }
+            // Also where one was refused: what was started must be closed.
+            let work = backend.end_group();
+            outcome.and(work)
+        };
+        let side = match &self.side {
+            Some(side) if !writes.is_empty() => side,
+            _ => return Ok(Arc::new(Given { work: start()?, mark: None })),
+        };
+        let (work, mark) = side.lock().run(|| {
+            let work = start()?;
+            work.order()?;
+            writes.into_iter().try_for_each(|write| write()).map_err(|error| error.to_string())?;
+            Ok::<_, String>(work)
+        })?;
+        Ok(Arc::new(Given { work: work?, mark: Some(mark) }))
+    }
+
+    fn failure_of(&self, op: String) -> Failure {
+        let seq = *self.order.lock();
+        self.failure_at(op, seq)
+    }
+
+    fn failure_at(&self, op: String, seq: u64) -> Failure {
+        Failure { op, seq, print: String::new(), elapsed: Duration::ZERO, text: String::new() }
+    }
+}
+
+/// Whoever waits for it from now on orders a stream instead.
+pub(super) fn given_order(done: &Completion, receipt: Receipt, given: &Arc<Given>) {
+    let given = given.clone();
+    done.given(receipt, Arc::new(move || -> Result<()> { given.order().map_err(torch) }));
+}
+
+pub(super) fn torch(text: String) -> Error {
+    Error::Torch(tch::TchError::Torch(text))
+}

@@ -13,10 +13,13 @@
 //! # Ok::<(), tch_distributed::Error>(())
 //! ```
 
+mod repeat;
+
 use std::fmt;
 
 use tch::{Device, Kind, Tensor};
 
+pub(crate) use self::repeat::Draws;
 use crate::libtorch::RawGenerator;
 use crate::{Error, Result};
 
@@ -111,7 +114,7 @@ impl Generator {
     /// [`Torch`](Error::Torch) for libtorch's own.
     pub fn randperm(&self, n: usize) -> Result<Tensor> {
         let out = self.empty(&[n as i64], Kind::Int64)?;
-        self.raw.randperm(&out)?;
+        repeat::draw(&self.raw, |raw| raw.randperm(&out))?;
         Ok(out)
     }
 
@@ -121,7 +124,7 @@ impl Generator {
     /// [`Torch`](Error::Torch) for a negative size or another kind.
     pub fn rand(&self, size: &[i64], kind: Kind) -> Result<Tensor> {
         let out = self.empty(size, kind)?;
-        self.raw.uniform(&out, 0.0, 1.0)?;
+        repeat::draw(&self.raw, |raw| raw.uniform(&out, 0.0, 1.0))?;
         Ok(out)
     }
 
@@ -140,7 +143,7 @@ impl Generator {
     /// [`Torch`](Error::Torch) for a negative size or another kind.
     pub fn randn(&self, size: &[i64], kind: Kind) -> Result<Tensor> {
         let out = self.empty(size, kind)?;
-        self.raw.normal(&out, 0.0, 1.0)?;
+        repeat::draw(&self.raw, |raw| raw.normal(&out, 0.0, 1.0))?;
         Ok(out)
     }
 
@@ -150,7 +153,7 @@ impl Generator {
     /// [`Torch`](Error::Torch) for a negative size, or if there is no such number.
     pub fn randint(&self, low: i64, high: i64, size: &[i64], kind: Kind) -> Result<Tensor> {
         let out = self.empty(size, kind)?;
-        self.raw.random(&out, low, high)?;
+        repeat::draw(&self.raw, |raw| raw.random(&out, low, high))?;
         Ok(out)
     }
 
@@ -161,7 +164,7 @@ impl Generator {
     #[doc(alias = "uniform_")]
     pub fn fill_uniform(&self, tensor: &mut Tensor, low: f64, high: f64) -> Result<()> {
         self.check(tensor)?;
-        self.raw.uniform(tensor, low, high)
+        repeat::draw(&self.raw, |raw| raw.uniform(tensor, low, high))
     }
 
     /// Fills a tensor with numbers of a normal distribution, as under `no_grad`: for initial weights.
@@ -171,7 +174,7 @@ impl Generator {
     #[doc(alias = "normal_")]
     pub fn fill_normal(&self, tensor: &mut Tensor, mean: f64, std: f64) -> Result<()> {
         self.check(tensor)?;
-        self.raw.normal(tensor, mean, std)
+        repeat::draw(&self.raw, |raw| raw.normal(tensor, mean, std))
     }
 
     /// Fills a tensor with ones, each with probability `p`, and zeros.
@@ -181,7 +184,7 @@ impl Generator {
     #[doc(alias = "bernoulli_")]
     pub fn fill_bernoulli(&self, tensor: &mut Tensor, p: f64) -> Result<()> {
         self.check(tensor)?;
-        self.raw.bernoulli(tensor, p)
+        repeat::draw(&self.raw, |raw| raw.bernoulli(tensor, p))
     }
 
     /// Sets each element to zero with probability `p` and scales the others by `1 / (1 - p)`; gives the
@@ -211,7 +214,7 @@ impl Generator {
             return Ok(x.f_mul(&x.f_zeros_like()?)?);
         }
         let mask = x.f_detach()?.f_empty_like()?;
-        self.raw.bernoulli(&mask, 1.0 - p)?;
+        repeat::draw(&self.raw, |raw| raw.bernoulli(&mask, 1.0 - p))?;
         let scale = Tensor::f_from_slice(&[1.0 / (1.0 - p)])?.f_to_device(self.device)?;
         let scale = scale.f_to_kind(x.f_kind()?)?.f_reshape([] as [i64; 0])?;
         Ok(x.f_mul(&mask.f_mul(&scale)?)?)

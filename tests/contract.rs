@@ -346,6 +346,7 @@ mod signatures {
         let _: usize = mesh.rank("dp")? + mesh.size("tp")?;
         let _: ProcessGroup = mesh.flatten(&["dp", "tp"])?;
         let tp: ProcessGroup = mesh.group("tp")?.clone();
+        #[allow(clippy::needless_update, reason = "fields may be added")]
         let config = ParallelLinearConfig {
             bias: true,
             gather_output: false,

@@ -1,10 +1,16 @@
 //! A whole GPT on every mesh shape against the same model on one rank: losses, every gradient, the gradient norm over
 //! all axes, and twenty steps of training.
+//!
+//! The whole product is every way to write 1, 2, 4 and 8 ranks as data x pipeline x tensor, with every schedule, with
+//! whole and with split sequences: `cargo xtask model-parallel` runs it. Without that, as many cases as show that
+//! every pair of two axes' sizes, or of a size and a schedule, works.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Instant;
 
 use tch::nn::{self, OptimizerConfig};
 use tch::{Device, Kind, Tensor};
+use tch_distributed::data_parallel::DdpOptions;
 use tch_distributed::model_parallel::pipeline::{Pipeline, Schedule, Stage};
 use tch_distributed::model_parallel::tensor::Layout;
 use tch_distributed::model_parallel::{DeviceMesh, clip_grad_norm, sync_gradients};
@@ -14,7 +20,7 @@ use tch_distributed::{self as dist, ProcessGroup};
 #[path = "../examples/common/gpt.rs"]
 mod gpt;
 
-const ROWS: i64 = 8;
+const ROWS: i64 = 32;
 const CONTEXT: i64 = 8;
 
 fn config(sequence_parallel: bool) -> gpt::Config {
@@ -22,8 +28,8 @@ fn config(sequence_parallel: bool) -> gpt::Config {
         vocabulary: 32,
         context: CONTEXT,
         width: 16,
-        layers: 4,
-        heads: 4,
+        layers: 8,
+        heads: 8,
         sequence_parallel,
         ..Default::default()
     }
@@ -69,7 +75,7 @@ struct Trained {
     weights: Numbers,
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 struct Case {
     dp: usize,
     pp: usize,
@@ -78,12 +84,39 @@ struct Case {
     schedule: Schedule,
 }
 
+impl Case {
+    const ALONE: Self = Self { dp: 1, pp: 1, tp: 1, sp: false, schedule: Schedule::GPipe };
+
+    fn ranks(self) -> usize {
+        self.dp * self.pp * self.tp
+    }
+
+    /// Gradients are averaged over the copies while backward runs, or after the step.
+    fn overlaps(self) -> bool {
+        self.dp > 1 && self.schedule != Schedule::GPipe
+    }
+
+    /// Every pair of two factors, each with its name.
+    fn pairs(self) -> BTreeSet<[String; 2]> {
+        let Self { dp, pp, tp, sp, schedule } = self;
+        let factors = [
+            format!("dp {dp}"),
+            format!("pp {pp}"),
+            format!("tp {tp}"),
+            format!("sp {sp}"),
+            schedule.to_string(),
+        ];
+        let pair = |i: usize, j: usize| [factors[i].clone(), factors[j].clone()];
+        (0..factors.len()).flat_map(|i| (0..i).map(move |j| (i, j))).map(|(i, j)| pair(i, j)).collect()
+    }
+}
+
 /// Trains as the example does. Gives this rank's part of what there is to compare.
 fn train(world: &ProcessGroup, case: Case, kind: Kind, steps: i64) -> Trained {
     let mesh = DeviceMesh::new(world, &[("dp", case.dp), ("pp", case.pp), ("tp", case.tp)]).unwrap();
     let [dp, pp, tp] = ["dp", "pp", "tp"].map(|axis| mesh.group(axis).unwrap());
     let model_ranks = mesh.flatten(&["pp", "tp"]).unwrap();
-    let chunks = if case.schedule == Schedule::Interleaved { 2 } else { 1 };
+    let chunks = if case.schedule == Schedule::Interleaved && case.pp > 1 { 2 } else { 1 };
     let stages = case.pp * chunks;
     let mut vs = nn::VarStore::new(Device::Cpu);
     let (parts, mut layout) = Layout::record(&tp, || {
@@ -96,8 +129,13 @@ fn train(world: &ProcessGroup, case: Case, kind: Kind, steps: i64) -> Trained {
         layout.mark_copy("wte.weight");
     }
     let tied = parts.iter().find_map(gpt::Part::tied);
-    let parts = parts.into_iter().map(Stage::new).collect();
-    let pipeline = Pipeline::new(parts, 4, case.schedule, &pp).unwrap();
+    let parts = parts.into_iter().map(Stage::new_t).collect();
+    let mut pipeline = Pipeline::new(parts, case.pp.max(4), case.schedule, &pp).unwrap();
+    if case.overlaps() {
+        // Small buckets, so that there are several.
+        let options = DdpOptions::new().bucket_cap_mb(0.004).first_bucket_mb(0.001);
+        pipeline = pipeline.data_parallel(&vs, &dp, options).unwrap();
+    }
     pipeline.tie(&[0, stages - 1], tied.as_ref()).unwrap();
 
     let mut optimizer = nn::Sgd { momentum: 0.9, ..Default::default() }.build(&vs, 0.02).unwrap();
@@ -110,7 +148,9 @@ fn train(world: &ProcessGroup, case: Case, kind: Kind, steps: i64) -> Trained {
         optimizer.zero_grad();
         let loss =
             pipeline.step(Some(&own(&xs)), Some(&own(&targets)), |ys, ts| gpt::loss(ys, ts, &tp)).unwrap();
-        sync_gradients(&vs, &dp).unwrap();
+        if !case.overlaps() {
+            sync_gradients(&vs, &dp).unwrap();
+        }
         if step == 0 {
             let grads = layout.full_gradients(&vs).unwrap();
             assert_eq!(grads.len(), vs.variables().len(), "every parameter has a gradient");
@@ -130,8 +170,7 @@ fn train(world: &ProcessGroup, case: Case, kind: Kind, steps: i64) -> Trained {
 }
 
 fn alone(kind: Kind, steps: i64) -> Trained {
-    let case = Case { dp: 1, pp: 1, tp: 1, sp: false, schedule: Schedule::GPipe };
-    run_threads(1, |world| train(&world, case, kind, steps)).remove(0)
+    run_threads(1, |world| train(&world, Case::ALONE, kind, steps)).remove(0)
 }
 
 fn assert_close(what: &str, got: &[f64], expected: &[f64], tolerance: f64) {
@@ -155,50 +194,63 @@ fn compare(got: &Trained, expected: &Trained, case: Case, tolerance: f64) {
     }
 }
 
-/// Every way to write `n` as data x pipeline x tensor, plain and with split sequences and other schedules.
-fn cases(n: usize) -> Vec<Case> {
+/// Every way to write 1, 2, 4 and 8 as data x pipeline x tensor, with every schedule, and where layers are split also
+/// with split sequences.
+fn whole() -> Vec<Case> {
+    let sizes = || [1, 2, 4, 8].into_iter();
+    let shapes = sizes().flat_map(|dp| sizes().flat_map(move |pp| sizes().map(move |tp| (dp, pp, tp))));
     let mut cases = Vec::new();
-    for (dp, pp, tp) in
-        [1, 2, 4, 8].iter().flat_map(|&a| [1, 2, 4].iter().flat_map(move |&b| [1, 2, 4].map(|c| (a, b, c))))
-    {
-        if dp * pp * tp != n || dp > 2 {
-            continue;
-        }
-        let one = Case { dp, pp, tp, sp: false, schedule: Schedule::OneFOneB };
-        cases.push(one);
-        if tp > 1 {
-            cases.push(Case { sp: true, schedule: Schedule::GPipe, ..one });
-        }
-        if pp == 2 {
-            cases.push(Case { sp: tp > 1, schedule: Schedule::Interleaved, ..one });
+    for (dp, pp, tp) in shapes.filter(|(dp, pp, tp)| dp * pp * tp <= 8) {
+        for schedule in [Schedule::GPipe, Schedule::OneFOneB, Schedule::Interleaved] {
+            let sequences: &[bool] = if tp > 1 { &[false, true] } else { &[false] };
+            cases.extend(sequences.iter().map(|&sp| Case { dp, pp, tp, sp, schedule }));
         }
     }
     cases
 }
 
-#[test]
-fn twenty_steps_on_every_mesh_equal_one_rank_in_f64() {
-    let expected = alone(Kind::Double, 20);
-    assert!(expected.losses[19] < expected.losses[0] - 0.1, "it learns: {:?}", expected.losses);
-    for n in [2, 4, 8] {
-        for case in cases(n) {
-            for got in run_threads(n, |world| train(&world, case, Kind::Double, 20)) {
-                compare(&got, &expected, case, 1e-10);
-            }
+/// The whole product if it is asked for, else cases that together have every pair of factors, always the one with most
+/// new pairs first.
+fn cases() -> Vec<Case> {
+    let mut whole = whole();
+    if std::env::var_os("TCHD_MODEL_PARALLEL_WHOLE").is_some() {
+        return whole;
+    }
+    let mut left: BTreeSet<_> = whole.iter().flat_map(|case| case.pairs()).collect();
+    let mut chosen = Vec::new();
+    while !left.is_empty() {
+        let new = |case: &Case| case.pairs().intersection(&left).count();
+        let best = whole.iter().enumerate().max_by_key(|(i, case)| (new(case), std::cmp::Reverse(*i)));
+        let case = whole.remove(best.unwrap().0);
+        left = left.difference(&case.pairs()).cloned().collect();
+        chosen.push(case);
+    }
+    chosen
+}
+
+/// Trains each case and compares it with the model on one rank.
+fn train_and_compare(kind: Kind, steps: i64, tolerance: f64) {
+    let expected = alone(kind, steps);
+    if steps > 1 {
+        assert!(expected.losses[19] < expected.losses[0] - 0.1, "it learns: {:?}", expected.losses);
+    }
+    for case in cases() {
+        let start = Instant::now();
+        for got in run_threads(case.ranks(), |world| train(&world, case, kind, steps)) {
+            compare(&got, &expected, case, tolerance);
         }
+        println!("{:6.2} s  {kind:?}, {steps} steps, {case:?}", start.elapsed().as_secs_f64());
     }
 }
 
 #[test]
-fn losses_and_gradients_on_every_mesh_equal_one_rank_in_f32() {
-    let expected = alone(Kind::Float, 1);
-    for n in [2, 4, 8] {
-        for case in cases(n) {
-            for got in run_threads(n, |world| train(&world, case, Kind::Float, 1)) {
-                compare(&got, &expected, case, 1e-5);
-            }
-        }
-    }
+fn twenty_steps_on_meshes_of_every_shape_equal_one_rank_in_f64() {
+    train_and_compare(Kind::Double, 20, 1e-10);
+}
+
+#[test]
+fn losses_and_gradients_on_meshes_of_every_shape_equal_one_rank_in_f32() {
+    train_and_compare(Kind::Float, 1, 1e-5);
 }
 
 #[test]
@@ -223,7 +275,7 @@ fn a_split_model_is_saved_to_one_file_and_loaded_from_it_however_it_is_cut() {
         layout.save(&vs, &file, &world).unwrap();
         // What was written is the whole model, as plain tch reads it.
         let written: BTreeMap<_, _> = Tensor::read_safetensors(&file).unwrap().into_iter().collect();
-        assert_eq!(written.len(), 1 + 1 + 4 * 12 + 2);
+        assert_eq!(written.len(), 1 + 1 + 8 * 12 + 2);
         for (name, tensor) in &written {
             assert_eq!(*tensor, full_weight(name).unwrap().to_kind(Kind::Float), "{name}");
         }
@@ -256,8 +308,7 @@ fn ranks_as_processes_train_the_same() {
         let got = train(&world, case, Kind::Double, 5);
         let own = world.new_group(&[0]).unwrap();
         if let Some(own) = own {
-            let one = Case { dp: 1, pp: 1, tp: 1, sp: false, schedule: Schedule::GPipe };
-            let expected = train(&own, one, Kind::Double, 5);
+            let expected = train(&own, Case::ALONE, Kind::Double, 5);
             compare(&got, &expected, case, 1e-10);
         }
         dist::destroy_process_group().unwrap();

@@ -354,6 +354,28 @@ fn a_wrong_call_is_refused_with_the_reason() {
 }
 
 #[test]
+fn shapes_that_are_fixed_are_exchanged_once_and_another_batch_is_then_refused_on_all_ranks() {
+    let options = InitOptions::new().timeout(Duration::from_secs(20));
+    let said = run_threads_on("native", options, 3, |group| {
+        let vs = nn::VarStore::new(Device::Cpu);
+        let pipeline =
+            Pipeline::new(stages(&vs, &group, 1, 3, Kind::Double), 4, Schedule::OneFOneB, &group).unwrap();
+        let pipeline = pipeline.fixed_shapes(true);
+        let (xs, ts) = data(Kind::Double, 0);
+        let mut bytes = Vec::new();
+        for _ in 0..3 {
+            pipeline.step(Some(&xs), Some(&ts), mse).unwrap();
+            bytes.push(pipeline.last_step().bytes_sent);
+        }
+        assert!(bytes.windows(2).all(|b| b[0] == b[1]));
+        let (xs, ts) = (xs.narrow(0, 0, 8), ts.narrow(0, 0, 8));
+        pipeline.step(Some(&xs), Some(&ts), mse).unwrap_err().to_string()
+    });
+    assert!(said[0].contains("because shapes are fixed"), "{}", said[0]);
+    assert!(said.iter().all(|error| error.contains("stage 0")), "{said:?}");
+}
+
+#[test]
 fn a_measured_step_did_what_the_plan_says_and_held_what_it_predicts() {
     for (schedule, chunks) in CASES {
         run_threads(4, |group| {

@@ -8,8 +8,8 @@ use tch_distributed::model_parallel::tensor::{
     ParallelLinearConfig, ParallelMlp, ParallelSelfAttention, RowParallelLinear, VocabParallelEmbedding,
     join_sequence, split_sequence, vocab_parallel_cross_entropy,
 };
-use tch_distributed::testing::run_threads;
-use tch_distributed::{Error, ProcessGroup, functional};
+use tch_distributed::testing::{run_processes, run_threads};
+use tch_distributed::{self as dist, Error, ProcessGroup, functional};
 
 const D: (Kind, Device) = (Kind::Double, Device::Cpu);
 const KINDS: [(Kind, f64); 2] = [(Kind::Double, 1e-10), (Kind::Float, 1e-5)];
@@ -78,7 +78,7 @@ fn a_column_parallel_layer_is_the_linear_layer_gathered_or_kept() {
 
 #[test]
 fn a_row_parallel_layer_is_the_linear_layer_with_its_bias_added_once() {
-    for n in [1, 2, 4] {
+    for n in [1, 2, 4, 8] {
         for (kind, tolerance) in KINDS {
             run_threads(n, |group| {
                 let (x0, w0, b0) = unsplit(kind);
@@ -123,59 +123,67 @@ fn compare(
     model: impl Fn(&nn::Path, &ProcessGroup) -> Box<dyn Fn(&Tensor) -> Tensor> + Sync,
     input: impl Fn() -> Tensor + Sync,
 ) {
-    run_threads(n, |group| {
-        let own = group.new_group(&[0]).unwrap();
-        let own = own.unwrap_or_else(|| group.clone());
-        let fill = |vs: &nn::VarStore, layout: &Layout, shapes: &dyn Fn(&str) -> Vec<i64>| {
-            let phase = |name: &str| name.bytes().map(f64::from).sum::<f64>();
-            layout.fill(vs, |name| Some(wave(&shapes(name), phase(name), kind))).unwrap();
-        };
-        // The shapes of the full weights, from the split ones.
-        let mut vs = nn::VarStore::new(Device::Cpu);
-        let (forward, layout) = Layout::record(&group, || model(&vs.root(), &group));
-        if kind == Kind::Double {
-            vs.double();
-        }
-        let sizes: std::collections::HashMap<String, Vec<i64>> = vs
-            .variables()
-            .into_iter()
-            .map(|(name, t)| {
-                let mut size = t.size();
-                if let Some(shard) = layout.shard(&name) {
-                    size[shard.dim()] = shard.full_len();
-                }
-                (name, size)
-            })
-            .collect();
-        let shapes = |name: &str| sizes[name].clone();
-        fill(&vs, &layout, &shapes);
-        let x = input();
-        let differentiable = x.is_floating_point();
-        let x = x.set_requires_grad(differentiable);
-        let ys = forward(&x);
-        loss(&ys).backward();
-        let grads = layout.full_gradients(&vs).unwrap();
-        assert_eq!(grads.len(), vs.variables().len(), "every parameter has a gradient");
-        if group.rank() != 0 {
-            return;
-        }
-        let mut one = nn::VarStore::new(Device::Cpu);
-        let (forward, layout) = Layout::record(&own, || model(&one.root(), &own));
-        if kind == Kind::Double {
-            one.double();
-        }
-        fill(&one, &layout, &shapes);
-        let x1 = input().set_requires_grad(differentiable);
-        let expected = forward(&x1);
-        loss(&expected).backward();
-        assert_close("ys", &ys, &expected, tolerance);
-        if differentiable {
-            assert_close("dx", &x.grad(), &x1.grad(), tolerance);
-        }
-        for (name, t) in one.variables() {
-            assert_close(&name, &grads[&name], &t.grad(), tolerance);
-        }
-    });
+    run_threads(n, |group| compare_on(&group, kind, tolerance, &model, &input));
+}
+
+fn compare_on(
+    group: &ProcessGroup,
+    kind: Kind,
+    tolerance: f64,
+    model: impl Fn(&nn::Path, &ProcessGroup) -> Box<dyn Fn(&Tensor) -> Tensor>,
+    input: impl Fn() -> Tensor,
+) {
+    let own = group.new_group(&[0]).unwrap();
+    let own = own.unwrap_or_else(|| group.clone());
+    let fill = |vs: &nn::VarStore, layout: &Layout, shapes: &dyn Fn(&str) -> Vec<i64>| {
+        let phase = |name: &str| name.bytes().map(f64::from).sum::<f64>();
+        layout.fill(vs, |name| Some(wave(&shapes(name), phase(name), kind))).unwrap();
+    };
+    // The shapes of the full weights, from the split ones.
+    let mut vs = nn::VarStore::new(Device::Cpu);
+    let (forward, layout) = Layout::record(group, || model(&vs.root(), group));
+    if kind == Kind::Double {
+        vs.double();
+    }
+    let sizes: std::collections::HashMap<String, Vec<i64>> = vs
+        .variables()
+        .into_iter()
+        .map(|(name, t)| {
+            let mut size = t.size();
+            if let Some(shard) = layout.shard(&name) {
+                size[shard.dim()] = shard.full_len();
+            }
+            (name, size)
+        })
+        .collect();
+    let shapes = |name: &str| sizes[name].clone();
+    fill(&vs, &layout, &shapes);
+    let x = input();
+    let differentiable = x.is_floating_point();
+    let x = x.set_requires_grad(differentiable);
+    let ys = forward(&x);
+    loss(&ys).backward();
+    let grads = layout.full_gradients(&vs).unwrap();
+    assert_eq!(grads.len(), vs.variables().len(), "every parameter has a gradient");
+    if group.rank() != 0 {
+        return;
+    }
+    let mut one = nn::VarStore::new(Device::Cpu);
+    let (forward, layout) = Layout::record(&own, || model(&one.root(), &own));
+    if kind == Kind::Double {
+        one.double();
+    }
+    fill(&one, &layout, &shapes);
+    let x1 = input().set_requires_grad(differentiable);
+    let expected = forward(&x1);
+    loss(&expected).backward();
+    assert_close("ys", &ys, &expected, tolerance);
+    if differentiable {
+        assert_close("dx", &x.grad(), &x1.grad(), tolerance);
+    }
+    for (name, t) in one.variables() {
+        assert_close(&name, &grads[&name], &t.grad(), tolerance);
+    }
 }
 
 /// Into a region whose sequence is split and out of it again, where asked for.
@@ -211,9 +219,10 @@ fn feed_forward_layers_with_every_activation_equal_the_unsplit_ones_also_with_sp
 
 #[test]
 fn attention_split_by_heads_equals_the_unsplit_one_also_with_shared_keys_and_split_sequences() {
-    for n in [1, 2, 4] {
+    for n in [1, 2, 4, 8] {
         for (kind, tolerance) in KINDS {
-            for kv_heads in [None, Some(4)] {
+            // As many heads for keys as for queries, or half as many where that divides by the ranks.
+            for kv_heads in [None, Some(8.min(4.max(n as i64)))] {
                 for sequence_parallel in [false, true] {
                     let model = |path: &nn::Path, group: &ProcessGroup| {
                         let config =
@@ -230,13 +239,15 @@ fn attention_split_by_heads_equals_the_unsplit_one_also_with_shared_keys_and_spl
 
 #[test]
 fn a_norm_on_a_split_sequence_has_the_gradients_of_the_whole() {
-    for (kind, tolerance) in KINDS {
-        for sequence_parallel in [false, true] {
-            let model = |path: &nn::Path, group: &ProcessGroup| {
-                let norm = ParallelLayerNorm::new(path, 6, Default::default(), sequence_parallel, group);
-                around(sequence_parallel, group, move |x| norm.forward(x))
-            };
-            compare(4, kind, tolerance, model, || wave(&[2, 8, 6], 0.4, kind));
+    for n in [1, 2, 4, 8] {
+        for (kind, tolerance) in KINDS {
+            for sequence_parallel in [false, true] {
+                let model = |path: &nn::Path, group: &ProcessGroup| {
+                    let norm = ParallelLayerNorm::new(path, 6, Default::default(), sequence_parallel, group);
+                    around(sequence_parallel, group, move |x| norm.forward(x))
+                };
+                compare(n, kind, tolerance, model, || wave(&[2, 8, 6], 0.4, kind));
+            }
         }
     }
 }
@@ -266,7 +277,7 @@ fn a_vocabulary_split_over_ranks_embeds_as_a_whole_one_and_its_tied_head_never_g
 
 #[test]
 fn split_cross_entropy_is_torch_s_own_with_ignored_targets_and_large_logits() {
-    for n in [1, 2, 3] {
+    for n in [1, 2, 3, 4, 8] {
         for (kind, tolerance) in KINDS {
             run_threads(n, |group| {
                 let full = (wave(&[6, 9], 0.1, kind) * 200.0).set_requires_grad(true);
@@ -286,6 +297,44 @@ fn split_cross_entropy_is_torch_s_own_with_ignored_targets_and_large_logits() {
             });
         }
     }
+}
+
+#[test]
+fn ranks_as_processes_compute_every_layer_alike() {
+    run_processes(2, "ranks_as_processes_compute_every_layer_alike", || {
+        let group = dist::init_process_group("native", dist::InitOptions::new()).unwrap();
+        let config = ParallelLinearConfig { sequence_parallel: true, ..Default::default() };
+        let (kind, tolerance) = KINDS[0];
+        let sequence = || wave(&[2, 8, 16], 0.4, kind);
+        let around = |group: &ProcessGroup, layer: Box<dyn Fn(&Tensor) -> Tensor>| around(true, group, layer);
+        let mlp = |path: &nn::Path, group: &ProcessGroup| {
+            let mlp = ParallelMlp::new(path, 16, 12, Activation::SwiGlu, config, group).unwrap();
+            around(group, Box::new(move |x| mlp.forward(x)))
+        };
+        compare_on(&group, kind, tolerance, mlp, sequence);
+        let attention = |path: &nn::Path, group: &ProcessGroup| {
+            let config = AttentionConfig { heads: 4, sequence_parallel: true, ..Default::default() };
+            let attention = ParallelSelfAttention::new(path, 16, config, group).unwrap();
+            around(group, Box::new(move |x| attention.forward(x)))
+        };
+        compare_on(&group, kind, tolerance, attention, sequence);
+        let norm = |path: &nn::Path, group: &ProcessGroup| {
+            let norm = ParallelLayerNorm::new(path, 16, Default::default(), true, group);
+            around(group, Box::new(move |x| norm.forward(x)))
+        };
+        compare_on(&group, kind, tolerance, norm, sequence);
+        let head = |path: &nn::Path, group: &ProcessGroup| -> Box<dyn Fn(&Tensor) -> Tensor> {
+            let table = VocabParallelEmbedding::new(path, 11, 6, config, group).unwrap();
+            let group = group.clone();
+            Box::new(move |ids| {
+                let logits = table.logits(&table.forward(ids)).unwrap();
+                vocab_parallel_cross_entropy(&logits, &(ids * 3 + 1).remainder(11), &group).unwrap()
+            })
+        };
+        let ids = || Tensor::arange(16, (Kind::Int64, Device::Cpu)).remainder(11).reshape([2, 8]);
+        compare_on(&group, kind, tolerance, head, ids);
+        dist::destroy_process_group().unwrap();
+    });
 }
 
 #[test]

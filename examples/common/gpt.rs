@@ -1,10 +1,10 @@
 //! A GPT made of split layers: on a group of one rank it is the ordinary model.
 
-use tch::nn::{self, Init, Module};
+use tch::nn::{self, Init};
 use tch::{Kind, Tensor};
 use tch_distributed::model_parallel::tensor::{
-    Activation, AttentionConfig, LinearInit, ParallelLayerNorm, ParallelLinearConfig, ParallelMlp,
-    ParallelSelfAttention, VocabParallelEmbedding, split_sequence, vocab_parallel_cross_entropy,
+    Activation, AttentionConfig, LinearInit, ParallelDropout, ParallelLayerNorm, ParallelLinearConfig,
+    ParallelMlp, ParallelSelfAttention, VocabParallelEmbedding, split_sequence, vocab_parallel_cross_entropy,
 };
 use tch_distributed::{ProcessGroup, Result};
 
@@ -19,6 +19,11 @@ pub(crate) struct Config {
     /// Activations outside attention and feed-forward are split along the sequence.
     pub(crate) sequence_parallel: bool,
     pub(crate) seed: i64,
+    /// The probability with which attention weights, hidden features and what is added to the residual stream are
+    /// dropped in training.
+    pub(crate) dropout: f64,
+    /// Of the dropout: every copy of the model has one of its own.
+    pub(crate) dropout_seed: u64,
 }
 
 impl Default for Config {
@@ -31,6 +36,8 @@ impl Default for Config {
             heads: 4,
             sequence_parallel: false,
             seed: 1,
+            dropout: 0.0,
+            dropout_seed: 1,
         }
     }
 }
@@ -58,6 +65,7 @@ struct Block {
     norms: [ParallelLayerNorm; 2],
     attention: ParallelSelfAttention,
     mlp: ParallelMlp,
+    dropout: ParallelDropout,
 }
 
 impl Part {
@@ -113,7 +121,7 @@ impl Part {
     }
 
     /// From tokens `[batch, sequence]` or hidden states to hidden states or this rank's share of the logits.
-    pub(crate) fn f_forward(&self, xs: &Tensor) -> Result<Tensor> {
+    pub(crate) fn f_forward(&self, xs: &Tensor, train: bool) -> Result<Tensor> {
         let mut hidden = match &self.embedding {
             Some((tokens, positions)) => {
                 let mut positions = positions.f_narrow(0, 0, xs.size()[1])?.f_unsqueeze(0)?;
@@ -125,10 +133,10 @@ impl Part {
             None => xs.shallow_clone(),
         };
         for block in &self.blocks {
-            let attended = block.attention.f_forward(&block.norms[0].f_forward(&hidden)?)?;
-            hidden = hidden.f_add(&attended)?;
-            let mixed = block.mlp.f_forward(&block.norms[1].f_forward(&hidden)?)?;
-            hidden = hidden.f_add(&mixed)?;
+            let attended = block.attention.f_forward_t(&block.norms[0].f_forward(&hidden)?, train)?;
+            hidden = hidden.f_add(&block.dropout.forward(&attended, train)?)?;
+            let mixed = block.mlp.f_forward_t(&block.norms[1].f_forward(&hidden)?, train)?;
+            hidden = hidden.f_add(&block.dropout.forward(&mixed, train)?)?;
         }
         match &self.head {
             Some((norm, tokens)) => tokens.logits(&norm.f_forward(&hidden)?),
@@ -137,9 +145,9 @@ impl Part {
     }
 }
 
-impl Module for Part {
-    fn forward(&self, xs: &Tensor) -> Tensor {
-        self.f_forward(xs).unwrap_or_else(|error| panic!("{error}"))
+impl nn::ModuleT for Part {
+    fn forward_t(&self, xs: &Tensor, train: bool) -> Tensor {
+        self.f_forward(xs, train).unwrap_or_else(|error| panic!("{error}"))
     }
 }
 
@@ -156,19 +164,20 @@ impl Block {
             ..Default::default()
         };
         let linear = ParallelLinearConfig { sequence_parallel, ..Default::default() };
-        let (width, inits) = (config.width, [inner, residual]);
+        let (width, inits, activation) = (config.width, [inner, residual], Activation::GeluTanh);
+        let (p, seed) = (config.dropout, config.dropout_seed.wrapping_add(1000 * (layer as u64 + 1)));
+        let attention = ParallelSelfAttention::new(path / "attn", width, attention, group)?;
+        let mlp = ParallelMlp::with_init(path / "mlp", width, 4 * width, activation, linear, inits, group)?;
+        // The residual stream is the same on every rank, or split along the sequence.
+        let dropout = match sequence_parallel {
+            true => ParallelDropout::split(p, seed + 2, path.device(), group)?,
+            false => ParallelDropout::replicated(p, seed + 2, path.device())?,
+        };
         Ok(Self {
             norms: [norm(&(path / "ln_1"), config, group), norm(&(path / "ln_2"), config, group)],
-            attention: ParallelSelfAttention::new(path / "attn", width, attention, group)?,
-            mlp: ParallelMlp::with_init(
-                path / "mlp",
-                width,
-                4 * width,
-                Activation::GeluTanh,
-                linear,
-                inits,
-                group,
-            )?,
+            attention: if p > 0.0 { attention.with_dropout(p, seed)? } else { attention },
+            mlp: if p > 0.0 { mlp.with_dropout(p, seed + 1)? } else { mlp },
+            dropout,
         })
     }
 }

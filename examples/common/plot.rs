@@ -8,7 +8,8 @@ use plotters::coord::Shift;
 use plotters::prelude::*;
 use plotters::style::{FontStyle, register_font};
 
-/// One line of a chart.
+/// One line of a chart. Series whose names agree up to a comma share a colour: `data, measured` are the dots on the line
+/// `data, predicted`.
 #[derive(Clone, Debug)]
 pub struct Series {
     /// What the legend calls it.
@@ -76,6 +77,15 @@ fn number(value: &f64) -> String {
     }
 }
 
+/// Whether the highest point is in the left half: there the legend would hide it.
+fn falls(series: &[Series]) -> bool {
+    let points = || series.iter().flat_map(|s| &s.points);
+    let highest = points().max_by(|a, b| a.1.total_cmp(&b.1)).map_or(0.0, |p| p.0);
+    let (left, right) =
+        points().fold((f64::INFINITY, f64::NEG_INFINITY), |(l, r), p| (l.min(p.0), r.max(p.0)));
+    highest < (left + right) / 2.0
+}
+
 fn draw<B: DrawingBackend>(
     area: &DrawingArea<B, Shift>,
     labels: Labels<'_>,
@@ -92,6 +102,8 @@ where
         if low.is_finite() { (low, high.max(low + 1e-9)) } else { (0.0, 1.0) }
     };
     let ((left, right), (low, high)) = (range(|p| p.0), range(|p| p.1));
+    // Nobody has one and a half workers.
+    let whole = points().all(|p| p.0.fract() == 0.0);
     let bottom = if low > 0.0 && low < high * 0.8 { 0.0 } else { low };
     let mut chart = ChartBuilder::on(area)
         .caption(labels.title, ("sans-serif", 22))
@@ -104,13 +116,19 @@ where
         .x_desc(labels.x)
         .y_desc(labels.y)
         .light_line_style(WHITE)
-        .x_label_formatter(&number)
+        .x_label_formatter(&|x| if whole && x.fract().abs() > 1e-9 { String::new() } else { number(x) })
         .y_label_formatter(&number)
         .axis_desc_style(("sans-serif", 17))
         .label_style(("sans-serif", 14))
         .draw()?;
-    for (i, s) in series.iter().enumerate() {
-        let color = COLORS[i % COLORS.len()];
+    let mut subjects: Vec<&str> = Vec::new();
+    for s in series {
+        let subject = s.name.split(',').next().unwrap_or_default();
+        let known = subjects.iter().position(|&other| other == subject).unwrap_or_else(|| {
+            subjects.push(subject);
+            subjects.len() - 1
+        });
+        let color = COLORS[known % COLORS.len()];
         let dots = s.points.iter().map(|p| Circle::new(*p, 4, color.filled()));
         let legend = move |(x, y)| Circle::new((x + 10, y), 4, color.filled());
         if s.dots {
@@ -124,7 +142,11 @@ where
     }
     chart
         .configure_series_labels()
-        .position(SeriesLabelPosition::UpperLeft)
+        .position(if falls(series) {
+            SeriesLabelPosition::UpperRight
+        } else {
+            SeriesLabelPosition::UpperLeft
+        })
         .background_style(WHITE.mix(0.85))
         .border_style(BLACK.mix(0.3))
         .label_font(("sans-serif", 15))

@@ -11,6 +11,8 @@
 
 #[path = "../common/gpt.rs"]
 mod gpt;
+#[path = "../common/plot.rs"]
+mod plot;
 mod sample;
 
 use std::error::Error;
@@ -21,9 +23,10 @@ use clap::Parser;
 use tch::nn::{self, OptimizerConfig};
 use tch::{Device, Tensor};
 use tch_distributed as dist;
+use tch_distributed::data_parallel::DdpOptions;
 use tch_distributed::model_parallel::pipeline::{Pipeline, Schedule, Stage};
 use tch_distributed::model_parallel::tensor::Layout;
-use tch_distributed::model_parallel::{DeviceMesh, clip_grad_norm, sync_gradients};
+use tch_distributed::model_parallel::{DeviceMesh, clip_grad_norm};
 
 #[derive(Clone, Debug, Parser)]
 struct Args {
@@ -59,6 +62,9 @@ struct Args {
     heads: i64,
     #[arg(long, default_value_t = 3e-3)]
     lr: f64,
+    /// The probability of dropout in training.
+    #[arg(long, default_value_t = 0.0)]
+    dropout: f64,
     /// A text file to learn from, instead of the crate's own sources.
     #[arg(long)]
     text: Option<PathBuf>,
@@ -86,6 +92,8 @@ fn train(args: &Args) -> Outcome {
         layers: args.layers,
         heads: args.heads,
         sequence_parallel: args.sp,
+        dropout: args.dropout,
+        dropout_seed: 1_000_000 * (dp.rank() as u64 + 1),
         ..Default::default()
     };
     let vs = nn::VarStore::new(Device::Cpu);
@@ -101,9 +109,11 @@ fn train(args: &Args) -> Outcome {
         layout.mark_copy("wte.weight");
     }
 
-    // The pipeline; head and embedding stay one weight.
-    let parts = parts.into_iter().map(Stage::new).collect();
-    let pipeline = Pipeline::new(parts, args.micro_batches, args.schedule, &pp)?.fixed_shapes(true);
+    // The pipeline, which averages gradients over the copies of the model; head and embedding stay one weight.
+    let parts = parts.into_iter().map(Stage::new_t).collect();
+    let pipeline = Pipeline::new(parts, args.micro_batches, args.schedule, &pp)?
+        .fixed_shapes(true)
+        .data_parallel(&vs, &dp, DdpOptions::new())?;
     pipeline.tie(&[0, stages - 1], tied.as_ref())?;
 
     let text = match &args.text {
@@ -124,7 +134,6 @@ fn train(args: &Args) -> Outcome {
         optimizer.zero_grad();
         let loss =
             pipeline.step(Some(&xs), Some(&targets), |logits, targets| gpt::loss(logits, targets, &tp))?;
-        sync_gradients(&vs, &dp)?;
         clip_grad_norm(&vs, &layout, 1.0, &model_ranks)?;
         optimizer.step();
 
@@ -171,6 +180,9 @@ impl<'a> Log<'a> {
         }
         let lines: Vec<_> = self.losses.iter().map(|l| format!("{l:.9}\n")).collect();
         std::fs::write(self.args.out.join("losses.txt"), lines.concat())?;
+        let points = self.losses.iter().enumerate().map(|(step, &loss)| (step as f64, loss)).collect();
+        let labels = plot::Labels { title: "Loss of the GPT", x: "step", y: "loss (nats a byte)" };
+        plot::lines(&self.args.out.join("loss"), labels, &[plot::Series::line("loss", points)])?;
         std::fs::write(self.args.out.join("last_step.svg"), timeline.svg())?;
         std::fs::write(self.args.out.join("sample.txt"), sample)?;
         Ok(())
@@ -185,7 +197,8 @@ fn main() -> Outcome {
     dist::launch::local(args.dp * args.tp * args.pp, || train(&args))?;
     let read = |name| std::fs::read_to_string(args.out.join(name));
     println!("\na sample:\n{}\n", read("sample.txt")?);
-    println!("the schedule of the last step: {}", args.out.join("last_step.svg").display());
+    let [curve, schedule] = ["loss.png", "last_step.svg"].map(|name| args.out.join(name));
+    println!("the loss: {}; the schedule of the last step: {}", curve.display(), schedule.display());
     let losses = read("losses.txt")?;
     let last: f64 = losses.lines().last().ok_or("no step was made")?.parse()?;
     println!("final loss: {last:.3}");

@@ -9,7 +9,7 @@ use tch::{Tensor, nn};
 use super::DdpOptions;
 use super::buffers::{broadcast_each, broadcast_together};
 use super::hooks::CommHook;
-use super::layout::{Role, layout};
+use super::layout::{Member, Role, layout};
 use super::reducer::Reducer;
 use super::verify::verify;
 use crate::autograd::HookHandle;
@@ -61,6 +61,21 @@ pub struct DistributedDataParallel<M> {
     buffers_due: AtomicBool,
 }
 
+/// The parameters and buffers of a model, equal on every rank from here on, and what averages their gradients.
+pub(super) fn prepare(
+    vs: &nn::VarStore,
+    group: &ProcessGroup,
+    options: &DdpOptions,
+) -> Result<(Vec<Member>, Arc<Reducer>)> {
+    let members = layout(vs, &options.ignore);
+    verify(&members, options, group)?;
+    let members = members?;
+    let tensors: Vec<&Tensor> = members.iter().map(|member| &member.tensor).collect();
+    broadcast_each(&tensors, group)?;
+    let reducer = Reducer::new(&members, group, options)?;
+    Ok((members, reducer))
+}
+
 impl<M> DistributedDataParallel<M> {
     /// Makes `module`, whose variables are those of `vs`, data parallel over `group`. Every rank of the
     /// group calls this with the same model and options.
@@ -73,15 +88,10 @@ impl<M> DistributedDataParallel<M> {
     /// tensor in which a rank differs from rank 0; `InvalidArgument` when there is nothing to train or
     /// options differ.
     pub fn new(module: M, vs: &nn::VarStore, group: &ProcessGroup, options: DdpOptions) -> Result<Self> {
-        let members = layout(vs, &options.ignore);
-        verify(&members, &options, group)?;
-        let members = members?;
-        let tensors: Vec<&Tensor> = members.iter().map(|member| &member.tensor).collect();
-        broadcast_each(&tensors, group)?;
+        let (members, reducer) = prepare(vs, group, &options)?;
         let of_role = |role| members.iter().filter(move |member| member.role == role);
         let buffers = of_role(Role::Buffer).map(|m| m.tensor.shallow_clone()).collect();
         let frozen = of_role(Role::Frozen).map(|m| (m.name.clone(), m.tensor.shallow_clone())).collect();
-        let reducer = Reducer::new(&members, group, &options)?;
         Ok(Self {
             _hooks: reducer.listen()?,
             reducer,

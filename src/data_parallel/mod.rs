@@ -30,6 +30,7 @@ mod ddp;
 pub mod hooks;
 mod layout;
 mod options;
+mod partwise;
 mod reducer;
 mod sampler;
 mod state;
@@ -39,4 +40,5 @@ mod verify;
 
 pub use ddp::DistributedDataParallel;
 pub use options::DdpOptions;
+pub(crate) use partwise::PartwiseAverage;
 pub use sampler::DistributedSampler;

@@ -95,6 +95,13 @@ impl Reducer {
         std::mem::replace(&mut self.state.lock().paused, on)
     }
 
+    /// The backwards from here on are parts of steps that the caller ends; none is exchanged until it says so.
+    pub(super) fn hold(&self) {
+        let mut state = self.state.lock();
+        state.paused = true;
+        state.ends_itself = true;
+    }
+
     /// A forward that records a graph is about to run.
     pub(super) fn note_forward(&self, synced: bool) {
         self.state.lock().synced_forward = synced;
@@ -291,7 +298,7 @@ impl Reducer {
         result
     }
 
-    fn reset(&self) {
+    pub(super) fn reset(&self) {
         let mut state = self.state.lock();
         state.step = None;
         state.used.fill(false);

@@ -133,6 +133,11 @@ impl ProcessGroup {
         Ok(())
     }
 
+    /// Whether calls may be made: it has not failed, and has not been destroyed.
+    pub(crate) fn is_well(&self) -> bool {
+        self.inner.usable().is_ok()
+    }
+
     /// The same with a cause of one's own, which the other ranks get to see.
     pub(crate) fn abort_because(&self, cause: Error) {
         if self.inner.usable().is_ok() {
@@ -163,7 +168,7 @@ impl ProcessGroup {
 
     /// Whether a caller was told that this group or one beside it has failed.
     pub(crate) fn failure_was_told(&self) -> bool {
-        self.inner.universe.groups().iter().any(|group| group.told())
+        self.inner.universe.told()
     }
 
     /// Rank `rank` of the world that this group came from is gone: ends everything on all groups that

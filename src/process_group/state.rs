@@ -67,6 +67,8 @@ pub(super) struct Universe {
     pub(super) rank: usize,
     pub(super) world_size: usize,
     pub(super) instrument: Arc<RankInstrument>,
+    /// Whether a caller was given a failure of any group, also of one that is gone.
+    told: AtomicBool,
 }
 
 impl Universe {
@@ -91,6 +93,7 @@ impl Universe {
             rank,
             world_size,
             instrument,
+            told: AtomicBool::new(false),
         })
     }
 
@@ -143,6 +146,11 @@ impl Universe {
     /// This rank leaves the world: its number is free.
     pub(super) fn leave(&self) {
         self.claim.lock().take();
+    }
+
+    /// Whether a caller was given a failure of any group of this rank.
+    pub(super) fn told(&self) -> bool {
+        self.told.load(Ordering::Relaxed)
     }
 
     /// The groups that still exist, in the order they were made.
@@ -211,7 +219,7 @@ impl Inner {
     fn unusable(&self) -> Error {
         match (self.state.load(Ordering::Acquire), self.cause()) {
             (FAILED, Some(cause)) => {
-                self.told.store(true, Ordering::Relaxed);
+                self.tell();
                 Error::Poisoned { cause }
             }
             _ => Error::invalid("group", format!("process group {} was destroyed", self.name)),
@@ -264,7 +272,7 @@ impl Inner {
     pub(super) fn fail(&self, error: Error) -> Error {
         self.note(&error);
         if matches!(error, Error::Poisoned { .. }) || error.poisons() {
-            self.told.store(true, Ordering::Relaxed);
+            self.tell();
             for group in self.universe.groups() {
                 group.pass_on();
             }
@@ -274,7 +282,7 @@ impl Inner {
 
     /// Ends everything on this group, with this cause.
     pub(super) fn abort(&self, cause: Arc<Error>) {
-        self.told.store(true, Ordering::Relaxed);
+        self.tell();
         self.poison(cause);
         self.pass_on();
     }
@@ -289,8 +297,14 @@ impl Inner {
         }
     }
 
+    /// A caller is given a failure of this group.
+    fn tell(&self) {
+        self.told.store(true, Ordering::Relaxed);
+        self.universe.told.store(true, Ordering::Relaxed);
+    }
+
     /// Whether a caller was given a failure of this group.
-    pub(super) fn told(&self) -> bool {
+    fn told(&self) -> bool {
         self.told.load(Ordering::Relaxed)
     }
 

@@ -14,6 +14,7 @@ mod hosts;
 mod interop;
 mod launchers;
 mod locate;
+mod model_parallel;
 mod pip;
 mod provision;
 mod record;
@@ -40,6 +41,7 @@ const COMMANDS: &[Command] = &[
     Command { name: "demo", about: demo::ABOUT, run: demo::run },
     Command { name: "test", about: test::ABOUT, run: test::run },
     Command { name: "conformance", about: conformance::ABOUT, run: conformance::run },
+    Command { name: "model-parallel", about: model_parallel::ABOUT, run: model_parallel::run },
     Command { name: "hosts", about: hosts::ABOUT, run: hosts::run },
     Command { name: "bench", about: bench::ABOUT, run: bench::run },
     Command { name: "interop", about: interop::ABOUT, run: interop::run },
@@ -76,9 +78,9 @@ fn usage() -> String {
     let mut text = String::from("usage: cargo xtask <command> [arguments]\n\n");
     for command in COMMANDS {
         let mut lines = command.about.lines();
-        text += &format!("  {:<12}{}\n", command.name, lines.next().unwrap_or_default());
+        text += &format!("  {:<15}{}\n", command.name, lines.next().unwrap_or_default());
         for line in lines {
-            text += &format!("              {line}\n");
+            text += &format!("                 {line}\n");
         }
     }
     text

@@ -12,6 +12,9 @@
 //! println!("{timeline}");
 //! ```
 
+mod batch;
+mod execute;
+mod failure;
 mod picture;
 mod plan;
 mod run;

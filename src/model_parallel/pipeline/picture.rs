@@ -25,47 +25,109 @@ impl Timeline {
         if first.is_finite() { first } else { 0.0 }
     }
 
-    /// The picture as SVG: one row a rank, forwards blue, backwards green, gradients of weights orange.
+    /// The picture as SVG: one row a rank over an axis of time, forwards blue, backwards green, gradients of weights
+    /// orange. What each box is shows when the pointer is on it.
     pub fn svg(&self) -> String {
-        const WIDTH: f64 = 1200.0;
-        const LEFT: f64 = 60.0;
-        const ROW: f64 = 34.0;
-        let (zero, span) = (self.first_start(), self.span().max(f64::MIN_POSITIVE));
-        let height = ROW * (self.ranks.len() as f64 + 1.0) + 14.0;
+        let bottom = TOP + ROW * self.ranks.len() as f64;
+        let (width, height) = (LEFT + WIDTH + 20.0, bottom + 48.0);
         let mut svg = format!(
-            "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {} {height}\" font-family=\"sans-serif\" \
-             font-size=\"12\">\n<text x=\"4\" y=\"20\">{}: bubble {:.1} %</text>\n",
-            WIDTH + LEFT + 10.0,
+            "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {width} {height}\" font-family=\"sans-serif\" \
+             font-size=\"13\">\n<rect class=\"paper\" width=\"100%\" height=\"100%\" fill=\"white\"/>\n\
+             <text x=\"8\" y=\"22\" font-size=\"15\">{}: bubble {:.1} %</text>\n",
             self.name,
             100.0 * self.bubble_share()
         );
+        self.legend(&mut svg);
         for (rank, slots) in self.ranks.iter().enumerate() {
-            let y = ROW * (rank as f64 + 1.0);
-            let _ = writeln!(svg, "<text x=\"4\" y=\"{}\">rank {rank}</text>", y + 18.0);
-            for slot in slots {
-                let x = LEFT + (slot.start - zero) / span * WIDTH;
-                let width = (slot.end - slot.start) / span * WIDTH;
-                let colour = match slot.action.pass {
-                    Pass::Forward => "#8fb8de",
-                    Pass::Backward | Pass::BackwardInput => "#9fd3a4",
-                    Pass::BackwardWeight => "#f2c48d",
-                };
-                let label = self.label(slot);
-                let _ = write!(
-                    svg,
-                    "<rect x=\"{x:.2}\" y=\"{y}\" width=\"{width:.2}\" height=\"28\" fill=\"{colour}\" \
-                     stroke=\"#444\"><title>{}</title></rect>",
-                    slot.action
-                );
-                if width > 8.0 * label.len() as f64 {
-                    let _ = write!(svg, "<text x=\"{:.2}\" y=\"{}\">{label}</text>", x + 3.0, y + 18.0);
-                }
-                svg.push('\n');
-            }
+            let y = TOP + ROW * rank as f64;
+            let _ = writeln!(svg, "<text x=\"8\" y=\"{}\">rank {rank}</text>", y + 19.0);
+            slots.iter().for_each(|slot| self.slot(&mut svg, slot, y));
         }
+        self.axis(&mut svg, bottom);
         svg.push_str("</svg>\n");
         svg
     }
+
+    /// Where a time is in the picture.
+    fn x(&self, time: f64) -> f64 {
+        LEFT + (time - self.first_start()) / self.span().max(f64::MIN_POSITIVE) * WIDTH
+    }
+
+    fn slot(&self, svg: &mut String, slot: &Slot, y: f64) {
+        let (x, width) = (self.x(slot.start), self.x(slot.end) - self.x(slot.start));
+        let (fill, label) = (colour(slot.action.pass), self.label(slot));
+        let _ = write!(
+            svg,
+            "<rect x=\"{x:.2}\" y=\"{y}\" width=\"{width:.2}\" height=\"28\" fill=\"{fill}\" stroke=\"#444\">\
+             <title>{}</title></rect>",
+            slot.action
+        );
+        if width > 9.0 * label.len() as f64 {
+            let _ = write!(svg, "<text x=\"{:.2}\" y=\"{}\">{label}</text>", x + 3.0, y + 19.0);
+        }
+        svg.push('\n');
+    }
+
+    /// What the colours mean, of those that occur.
+    fn legend(&self, svg: &mut String) {
+        let known = [
+            (Pass::Forward, "forward"),
+            (Pass::Backward, "backward"),
+            (Pass::BackwardInput, "gradients of inputs"),
+            (Pass::BackwardWeight, "gradients of weights"),
+        ];
+        let occurs = |pass| self.ranks.iter().flatten().any(|s| s.action.pass == pass);
+        let mut x = LEFT + WIDTH;
+        for (pass, name) in known.into_iter().rev().filter(|(pass, _)| occurs(*pass)) {
+            x -= 8.0 * name.len() as f64 + 30.0;
+            let _ = writeln!(
+                svg,
+                "<path d=\"M{x:.0} 10h14v14h-14z\" fill=\"{}\" stroke=\"#444\"/><text x=\"{:.0}\" y=\"22\">{name}</text>",
+                colour(pass),
+                x + 20.0
+            );
+        }
+    }
+
+    /// Ticks at round times, and what they count.
+    fn axis(&self, svg: &mut String, y: f64) {
+        let (scale, unit) =
+            if self.measured { (1e3, "time (ms)") } else { (1.0, "time (units of the costs)") };
+        let (first, step) = (self.first_start(), round_step(self.span() * scale / 8.0));
+        let end = LEFT + WIDTH;
+        let _ = writeln!(svg, "<path d=\"M{LEFT} {y}H{end}\" stroke=\"#444\"/>");
+        for tick in (0..=12).map(|i| f64::from(i) * step).take_while(|t| *t <= self.span() * scale + 1e-9) {
+            let x = self.x(first + tick / scale);
+            let digits = usize::try_from(-step.log10().floor() as i64).unwrap_or(0);
+            let _ = writeln!(
+                svg,
+                "<path d=\"M{x:.2} {y}v5\" stroke=\"#444\"/><text x=\"{x:.2}\" y=\"{}\" \
+                 text-anchor=\"middle\">{tick:.digits$}</text>",
+                y + 19.0
+            );
+        }
+        let middle = LEFT + WIDTH / 2.0;
+        let _ = writeln!(svg, "<text x=\"{middle}\" y=\"{}\" text-anchor=\"middle\">{unit}</text>", y + 38.0);
+    }
+}
+
+const WIDTH: f64 = 1200.0;
+const LEFT: f64 = 70.0;
+const TOP: f64 = 40.0;
+const ROW: f64 = 34.0;
+
+fn colour(pass: Pass) -> &'static str {
+    match pass {
+        Pass::Forward => "#8fb8de",
+        Pass::Backward | Pass::BackwardInput => "#9fd3a4",
+        Pass::BackwardWeight => "#f2c48d",
+    }
+}
+
+/// 1, 2 or 5 times a power of ten, the next one up.
+fn round_step(least: f64) -> f64 {
+    let power = 10_f64.powf(least.max(1e-9).log10().floor());
+    [1.0, 2.0, 5.0, 10.0].into_iter().map(|m| m * power).find(|step| *step >= least).unwrap_or(power)
 }
 
 impl fmt::Display for Timeline {
@@ -117,7 +179,15 @@ rank 1 |  |F0|B0|--|F1|B1|--|F2|B2|--|  |  |
         for schedule in Schedule::ALL {
             let plan = Plan::new(schedule, 3, 1, 5).unwrap();
             let actions: usize = (0..3).map(|r| plan.actions(r).len()).sum();
-            assert_eq!(plan.timeline(&Costs::default()).svg().matches("<rect").count(), actions);
+            let svg = plan.timeline(&Costs::default()).svg();
+            assert_eq!(svg.matches("<rect x=").count(), actions);
+            assert!(svg.contains("time (units of the costs)") && svg.contains(">forward</text>"), "{svg}");
         }
+    }
+
+    #[test]
+    fn ticks_are_round_numbers() {
+        let steps = [0.7, 1.0, 3.0, 17.0, 51.0].map(super::round_step);
+        assert_eq!(steps, [1.0, 1.0, 5.0, 20.0, 100.0]);
     }
 }

@@ -1,17 +1,17 @@
-//! A pipeline at work.
+//! A pipeline as its users see it.
 
 use std::cell::{Cell, RefCell};
-use std::collections::HashMap;
 use std::fmt;
 
-use tch::{Device, Tensor};
+use tch::{Device, Tensor, nn};
 
-use super::stats::{gather, now};
+use super::batch::{as_slice, join, mean, micro_batches, one_and_one};
+use super::execute::{LossOf, Run};
+use super::stats::gather;
 use super::tie::Tie;
-use super::wire::{Key, Look, Wire, looks_of};
-use super::{Action, Loss, Pass, Plan, Schedule, Slot, Stage, StepStats, Timeline};
-use crate::autograd::backward_with_grad;
-use crate::model_parallel::escape::catch;
+use super::wire::Wire;
+use super::{Loss, Plan, Schedule, Stage, StepStats, Timeline};
+use crate::data_parallel::{DdpOptions, PartwiseAverage};
 use crate::{Error, ProcessGroup, Result};
 
 /// A model given as stages on the ranks of a group, trained on micro-batches that flow through them.
@@ -45,46 +45,16 @@ use crate::{Error, ProcessGroup, Result};
 /// ```
 #[doc(alias = "PipelineSchedule")]
 pub struct Pipeline {
-    stages: Vec<Stage>,
-    plan: Plan,
+    pub(super) stages: Vec<Stage>,
+    pub(super) plan: Plan,
     eval_plan: Plan,
-    group: ProcessGroup,
-    device: Device,
-    wire: RefCell<Wire>,
+    pub(super) group: ProcessGroup,
+    pub(super) device: Device,
+    pub(super) wire: RefCell<Wire>,
     ties: RefCell<Vec<Tie>>,
-    loss_scale: Cell<f64>,
-    stats: RefCell<StepStats>,
-}
-
-/// What a stage keeps of a micro-batch between its forward and its backward.
-struct Held {
-    inputs: Vec<Tensor>,
-    /// Which inputs want a gradient sent back.
-    input_looks: Vec<Look>,
-    /// Empty where the stage computes them again.
-    outputs: Vec<Tensor>,
-    output_looks: Vec<Look>,
-    bytes: usize,
-}
-
-/// The loss of a micro-batch, of the last stage's outputs and the targets.
-type LossOf<'a> = dyn FnMut(&[Tensor], &[Tensor]) -> Result<Tensor> + 'a;
-
-/// One run of a plan.
-struct Run<'a> {
-    train: bool,
-    inputs: Vec<Vec<Tensor>>,
-    targets: Vec<Vec<Tensor>>,
-    /// Micro-batches between forward and backward, by stage and micro-batch.
-    held: HashMap<(usize, usize), Held>,
-    /// What goes to a stage on this same rank.
-    local: HashMap<Key, (Vec<Tensor>, Vec<Look>)>,
-    loss: &'a mut LossOf<'a>,
-    /// Evaluation without a loss gives the last stage's outputs, one row a micro-batch.
-    keep_outputs: bool,
-    outputs: Vec<Vec<Tensor>>,
-    losses: Vec<Tensor>,
-    stats: StepStats,
+    pub(super) average: Option<PartwiseAverage>,
+    pub(super) loss_scale: Cell<f64>,
+    pub(super) stats: RefCell<StepStats>,
 }
 
 impl Pipeline {
@@ -127,6 +97,7 @@ impl Pipeline {
             device: Device::Cpu,
             wire,
             ties: RefCell::default(),
+            average: None,
             loss_scale: Cell::new(1.0),
             stats: RefCell::default(),
         })
@@ -146,6 +117,44 @@ impl Pipeline {
     pub fn fixed_shapes(mut self, fixed: bool) -> Self {
         self.wire = RefCell::new(Wire::new(&self.group, self.device, self.plan.micro_batches(), fixed));
         self
+    }
+
+    /// Averages the gradients of `vs` over `copies` in every step, bucket by bucket, while the backward of the last
+    /// micro-batch still runs. `copies` are the ranks that have the same stages in other copies of the model: of a
+    /// mesh, its data axis. Begins by giving all copies the parameters of the group's rank 0.
+    ///
+    /// Every rank of `copies` calls it, with the same model and options. A parameter that several stages of this rank
+    /// share needs [`static_graph`](DdpOptions::static_graph). Where a copy's pipeline fails, the others end with it.
+    ///
+    /// ```
+    /// use tch::{Device, Kind, Reduction, Tensor, nn};
+    /// use tch_distributed::data_parallel::DdpOptions;
+    /// use tch_distributed::model_parallel::{DeviceMesh, pipeline::{Pipeline, Schedule, Stage}};
+    /// use tch_distributed::testing;
+    ///
+    /// testing::run_threads(4, |world| {
+    ///     let mesh = DeviceMesh::new(&world, &[("dp", 2), ("pp", 2)]).unwrap();
+    ///     let vs = nn::VarStore::new(Device::Cpu);
+    ///     let stage = Stage::new(nn::linear(vs.root(), 4, 4, Default::default()));
+    ///     let pipeline = Pipeline::new(vec![stage], 2, Schedule::OneFOneB, &mesh.group("pp").unwrap())
+    ///         .and_then(|p| p.data_parallel(&vs, &mesh.group("dp").unwrap(), DdpOptions::new()))
+    ///         .unwrap();
+    ///     // Each copy of the model has a batch of its own.
+    ///     let xs = Tensor::ones([6, 4], (Kind::Float, Device::Cpu)) * mesh.rank("dp").unwrap() as f64;
+    ///     pipeline.step(Some(&xs), Some(&xs), |ys: &Tensor, ts: &Tensor| ys.mse_loss(ts, Reduction::Mean)).unwrap();
+    /// });
+    /// ```
+    ///
+    /// # Errors
+    /// Those of [`DistributedDataParallel::new`](crate::data_parallel::DistributedDataParallel::new).
+    pub fn data_parallel(
+        mut self,
+        vs: &nn::VarStore,
+        copies: &ProcessGroup,
+        options: DdpOptions,
+    ) -> Result<Self> {
+        self.average = Some(PartwiseAverage::new(vs, copies, &options)?);
+        Ok(self)
     }
 
     /// Ties a weight that some stages share, such as the embedding of the first stage and the head of the last: each of
@@ -214,16 +223,31 @@ impl Pipeline {
         let run = self.prepare(true, inputs, targets, &mut loss, false)?;
         let mut ties = self.ties.borrow_mut();
         ties.iter_mut().try_for_each(Tie::begin)?;
-        let done = self.execute(&self.plan, run);
-        let (losses, _) = match done {
-            Ok(done) => done,
+        match self.train(run) {
+            Ok(losses) => {
+                ties.iter_mut().try_for_each(Tie::end)?;
+                mean(&losses)
+            }
             Err(error) => {
                 ties.iter_mut().try_for_each(Tie::undo)?;
-                return Err(error);
+                Err(error)
             }
+        }
+    }
+
+    /// Forwards and backwards, and the average over the copies of the model.
+    fn train(&self, run: Run<'_>) -> Result<Vec<Tensor>> {
+        let Some(average) = &self.average else { return Ok(self.execute(&self.plan, run)?.0) };
+        let averaging = |error| {
+            let stages = self.stages_of(self.group.rank());
+            self.failed(&format!("averaging of the gradients of stage {stages} over the copies"), error)
         };
-        ties.iter_mut().try_for_each(Tie::end)?;
-        mean(&losses)
+        let done = average.begin().map_err(averaging).and_then(|()| {
+            let (losses, _) = self.execute(&self.plan, run)?;
+            average.end().map_err(averaging)?;
+            Ok(losses)
+        });
+        done.inspect_err(|error| average.give_up(error))
     }
 
     /// The forwards only, without gradients and not in training: the mean loss where the last stage is.
@@ -253,12 +277,7 @@ impl Pipeline {
         let mut loss = |_: &[Tensor], _: &[Tensor]| Ok(Tensor::new());
         let run = self.prepare(false, &inputs, &[], &mut loss, true)?;
         let (_, outputs) = tch::no_grad(|| self.execute(&self.eval_plan, run))?;
-        let Some(first) = outputs.first() else { return Ok(None) };
-        let whole = (0..first.len()).map(|i| {
-            let parts: Vec<_> = outputs.iter().map(|micro| &micro[i]).collect();
-            Ok(Tensor::f_cat(&parts, 0)?)
-        });
-        whole.collect::<Result<Vec<_>>>().map(Some)
+        join(&outputs)
     }
 
     /// The plan that steps follow.
@@ -296,227 +315,7 @@ impl Pipeline {
         let m = self.plan.micro_batches();
         let inputs = if first { micro_batches("inputs", inputs, m)? } else { Vec::new() };
         let targets = if last && !keep_outputs { micro_batches("targets", targets, m)? } else { Vec::new() };
-        Ok(Run {
-            train,
-            inputs,
-            targets,
-            held: HashMap::new(),
-            local: HashMap::new(),
-            loss,
-            keep_outputs,
-            outputs: Vec::new(),
-            losses: Vec::new(),
-            stats: StepStats::default(),
-        })
-    }
-
-    /// Does what the plan says, one action after another. The first failure ends the pipeline on all ranks.
-    fn execute(&self, plan: &Plan, mut run: Run<'_>) -> Result<(Vec<Tensor>, Vec<Vec<Tensor>>)> {
-        let mut wire = self.wire.borrow_mut();
-        run.stats.start = now();
-        let actions = plan.actions(self.group.rank());
-        for (i, &action) in actions.iter().enumerate() {
-            let done = self.expect_next(&mut wire, &run, actions.get(i + 1).copied()).and_then(|()| {
-                match action.pass {
-                    Pass::Forward => self.forward_one(&mut wire, &mut run, action),
-                    _ => self.backward_one(&mut wire, &mut run, action),
-                }
-            });
-            if let Err(error) = done {
-                *wire = wire.again(self.device);
-                return Err(self.failed(&action.to_string(), error));
-            }
-        }
-        if let Err(error) = wire.settle(true) {
-            *wire = wire.again(self.device);
-            return Err(self.failed("last sends of the step", error));
-        }
-        run.stats.end = now();
-        run.stats.bytes_sent = wire.take_bytes_sent();
-        self.stats.replace(run.stats);
-        Ok((run.losses, run.outputs))
-    }
-
-    /// Ends the pipeline everywhere, and says where it failed.
-    fn failed(&self, doing: &str, error: Error) -> Error {
-        let rank = self.group.rank();
-        match error {
-            Error::PeerLost { rank: lost, op, source } => {
-                let stages: Vec<_> =
-                    (0..self.stages.len()).map(|c| (c * self.group.size() + lost).to_string()).collect();
-                let op = match op.contains("stage") {
-                    true => op,
-                    false => format!(
-                        "{op} (it has stage {}; rank {rank} was in the {doing})",
-                        stages.join(" and ")
-                    ),
-                };
-                Error::PeerLost { rank: lost, op, source }
-            }
-            Error::Poisoned { cause } => match cause.duplicate() {
-                cause @ Error::PeerLost { .. } => self.failed(doing, cause),
-                _ => Error::Poisoned { cause },
-            },
-            other if other.poisons() => other,
-            other => {
-                let source = Some(std::io::Error::other(other.to_string()));
-                self.group.abort_because(Error::PeerLost { rank, op: format!("the {doing}"), source });
-                Error::Callback { reason: format!("rank {rank}, {doing}: {other}") }
-            }
-        }
-    }
-
-    fn rank_of(&self, stage: usize) -> usize {
-        stage % self.group.size()
-    }
-
-    /// Lets the next action's tensors come in already, where it is known what they look like.
-    fn expect_next(&self, wire: &mut Wire, run: &Run<'_>, next: Option<Action>) -> Result<()> {
-        let Some(Action { pass, stage, micro_batch }) = next else { return Ok(()) };
-        let backward = pass != Pass::Forward;
-        let key = Key { backward, stage, micro_batch };
-        let src = match backward {
-            false if stage == 0 => return Ok(()),
-            false => self.rank_of(stage - 1),
-            true if stage + 1 == self.plan.stages() => return Ok(()),
-            true => self.rank_of(stage + 1),
-        };
-        match run.held.get(&(stage, micro_batch)) {
-            _ if src == self.group.rank() => Ok(()),
-            Some(held) if backward => wire.expect(key, src, &wanted(&held.output_looks)),
-            _ if backward => Ok(()),
-            _ => wire.expect_known(key, src, run.train),
-        }
-    }
-
-    fn forward_one(&self, wire: &mut Wire, run: &mut Run<'_>, action: Action) -> Result<()> {
-        let Action { stage, micro_batch, .. } = action;
-        let body = &self.stages[stage / self.group.size()];
-        let key = Key { backward: false, stage, micro_batch };
-        let (inputs, input_looks) = if stage == 0 {
-            (std::mem::take(&mut run.inputs[micro_batch]), Vec::new())
-        } else if self.rank_of(stage - 1) == self.group.rank() {
-            run.local.remove(&key).ok_or_else(|| lost("input"))?
-        } else {
-            wire.receive(key, self.rank_of(stage - 1), run.train)?
-        };
-        let inputs = inputs
-            .into_iter()
-            .enumerate()
-            .map(|(i, t)| match input_looks.get(i).is_some_and(|l| l.wants_grad && run.train) {
-                true => Ok(t.f_set_requires_grad(true)?),
-                false => Ok(t),
-            })
-            .collect::<Result<Vec<_>>>()?;
-
-        let start = now();
-        let last = stage + 1 == self.plan.stages();
-        let recompute = body.recompute && run.train;
-        let compute = |run: &mut Run<'_>| self.compute(run, action, &inputs);
-        let outputs = if recompute { tch::no_grad(|| compute(run))? } else { compute(run)? };
-        run.stats.slots.push(Slot { action, start, end: now() });
-
-        let differentiable = |t: &Tensor| {
-            run.train && (t.requires_grad() || (recompute && (t.is_floating_point() || t.is_complex())))
-        };
-        let output_looks = if last { Vec::new() } else { looks_of(&outputs, differentiable) };
-        if last {
-            match run.keep_outputs {
-                true => run.outputs.push(outputs.iter().map(Tensor::shallow_clone).collect()),
-                false => run.losses.push(outputs[0].f_detach()?),
-            }
-        } else {
-            let next = Key { stage: stage + 1, ..key };
-            if self.rank_of(stage + 1) == self.group.rank() {
-                let passed = outputs.iter().map(Tensor::f_detach).collect::<Result<Vec<_>, _>>()?;
-                run.local.insert(next, (passed, output_looks.clone()));
-            } else {
-                wire.send(next, self.rank_of(stage + 1), run.train, &outputs, &output_looks)?;
-            }
-        }
-        if run.train {
-            let outputs = if recompute { Vec::new() } else { outputs };
-            let bytes = inputs.iter().chain(&outputs).map(|t| t.numel() * t.kind().elt_size_in_bytes()).sum();
-            run.held.insert((stage, micro_batch), Held { inputs, input_looks, outputs, output_looks, bytes });
-            let stats = &mut run.stats;
-            stats.peak_in_flight = stats.peak_in_flight.max(run.held.len());
-            stats.peak_held_bytes = stats.peak_held_bytes.max(run.held.values().map(|h| h.bytes).sum());
-        }
-        Ok(())
-    }
-
-    /// The stage's outputs; of the last stage the loss, where one is asked for.
-    fn compute(&self, run: &mut Run<'_>, action: Action, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
-        let outputs = self.stages[action.stage / self.group.size()].run(inputs, run.train)?;
-        if action.stage + 1 < self.plan.stages() || run.keep_outputs {
-            return Ok(outputs);
-        }
-        let targets = &run.targets[action.micro_batch];
-        let loss = catch(|| (run.loss)(&outputs, targets))?;
-        match loss.numel() {
-            1 => Ok(vec![loss]),
-            _ => Err(Error::ShapeMismatch {
-                argument: "loss",
-                expected: "one number".to_owned(),
-                got: format!("{:?}", loss.size()),
-            }),
-        }
-    }
-
-    fn backward_one(&self, wire: &mut Wire, run: &mut Run<'_>, action: Action) -> Result<()> {
-        let Action { stage, micro_batch, .. } = action;
-        let mut held = run.held.remove(&(stage, micro_batch)).ok_or_else(|| lost("forward"))?;
-        let last = stage + 1 == self.plan.stages();
-        let key = Key { backward: true, stage, micro_batch };
-        let looks = wanted(&held.output_looks);
-        let mut grads = if last {
-            Vec::new()
-        } else if self.rank_of(stage + 1) == self.group.rank() {
-            run.local.remove(&key).ok_or_else(|| lost("gradient"))?.0
-        } else {
-            wire.receive_tensors(key, self.rank_of(stage + 1), &looks)?
-        };
-
-        let start = now();
-        if held.outputs.is_empty() {
-            held.outputs = tch::with_grad(|| self.compute(run, action, &held.inputs))?;
-        }
-        let mut outputs: Vec<&Tensor> = if last {
-            let scale = self.loss_scale.get() / self.plan.micro_batches() as f64;
-            grads = vec![held.outputs[0].f_detach()?.f_full_like(scale)?];
-            held.outputs.iter().collect()
-        } else {
-            held.outputs
-                .iter()
-                .zip(&held.output_looks)
-                .filter(|(_, l)| l.wants_grad)
-                .map(|(t, _)| t)
-                .collect()
-        };
-        // Frozen stages at the front have nothing to differentiate.
-        let mut keep = outputs.iter().map(|t| t.requires_grad()).collect::<Vec<_>>().into_iter();
-        outputs.retain(|t| t.requires_grad());
-        grads.retain(|_| keep.next().unwrap_or(true));
-        if !outputs.is_empty() {
-            backward_with_grad(&outputs, &grads.iter().collect::<Vec<_>>())?;
-        }
-        run.stats.slots.push(Slot { action, start, end: now() });
-        if stage == 0 {
-            return Ok(());
-        }
-        let back = held
-            .inputs
-            .iter()
-            .zip(&held.input_looks)
-            .filter(|(_, look)| look.wants_grad)
-            .map(|(t, _)| if t.grad().defined() { Ok(t.grad()) } else { Ok(t.f_detach()?.f_zeros_like()?) })
-            .collect::<Result<Vec<_>>>()?;
-        let previous = Key { stage: stage - 1, ..key };
-        if self.rank_of(stage - 1) == self.group.rank() {
-            run.local.insert(previous, (back, Vec::new()));
-            return Ok(());
-        }
-        wire.send_tensors(previous, self.rank_of(stage - 1), &back)
+        Ok(Run::new(train, inputs, targets, loss, keep_outputs))
     }
 }
 
@@ -528,66 +327,5 @@ impl fmt::Debug for Pipeline {
             .field("micro_batches", &self.plan.micro_batches())
             .field("group", &self.group)
             .finish_non_exhaustive()
-    }
-}
-
-/// The looks of those that want a gradient.
-fn wanted(looks: &[Look]) -> Vec<Look> {
-    looks.iter().filter(|l| l.wants_grad).cloned().collect()
-}
-
-/// A plan that was verified never asks for what is not there.
-fn lost(what: &str) -> Error {
-    Error::Callback { reason: format!("the plan needs a {what} that was not made") }
-}
-
-fn as_slice(t: &Option<&Tensor>) -> Vec<Tensor> {
-    t.iter().map(|t| t.shallow_clone()).collect()
-}
-
-fn one_and_one<L: Loss>(
-    ys: &[Tensor],
-    ts: &[Tensor],
-    loss: &mut impl FnMut(&Tensor, &Tensor) -> L,
-) -> Result<Tensor> {
-    match (ys, ts) {
-        ([y], [t]) => loss(y, t).into_loss(),
-        _ => {
-            let reason = format!("the last stage gives {} tensors: use step_with", ys.len());
-            Err(Error::invalid("loss", reason))
-        }
-    }
-}
-
-/// Each tensor cut along its first dimension, as one list a micro-batch.
-fn micro_batches(argument: &'static str, tensors: &[Tensor], count: usize) -> Result<Vec<Vec<Tensor>>> {
-    if tensors.is_empty() {
-        let which = if argument == "inputs" { "first" } else { "last" };
-        return Err(Error::invalid(argument, format!("the rank with the {which} stage must give them")));
-    }
-    let mut all: Vec<Vec<Tensor>> = (0..count).map(|_| Vec::new()).collect();
-    for t in tensors {
-        let size = t.size();
-        let batch = size.first().copied().unwrap_or(0);
-        if batch == 0 || batch % count as i64 != 0 {
-            let reason = format!("the first dimension of {size:?} must divide by the {count} micro-batches");
-            return Err(Error::invalid(argument, reason));
-        }
-        let each = batch / count as i64;
-        for (i, micro) in all.iter_mut().enumerate() {
-            micro.push(t.f_narrow(0, i as i64 * each, each)?);
-        }
-    }
-    Ok(all)
-}
-
-fn mean(losses: &[Tensor]) -> Result<Option<Tensor>> {
-    match losses.is_empty() {
-        true => Ok(None),
-        false => {
-            let losses = losses.iter().map(|l| l.f_reshape([1])).collect::<Result<Vec<_>, _>>()?;
-            let all = Tensor::f_cat(&losses, 0)?;
-            Ok(Some(all.f_mean(all.kind())?))
-        }
     }
 }

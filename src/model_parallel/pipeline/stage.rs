@@ -55,8 +55,11 @@ impl Stage {
     }
 
     /// Keep only the inputs of a forward, and compute it again for the backward: less memory, a third more work
-    /// (Chen et al., "Training deep nets with sublinear memory cost", 2016). What the stage draws from libtorch's
-    /// default random generator is drawn anew, so dropout here needs a generator of its own that can be set back.
+    /// (Chen et al., "Training deep nets with sublinear memory cost", 2016).
+    ///
+    /// What the stage draws from a [`Generator`](crate::random::Generator), as the dropout of this crate does, it
+    /// draws a second time. What it draws from libtorch's default generator, as tch's dropout does, would be drawn
+    /// anew, and the gradients would be those of another forward.
     #[doc(alias = "checkpoint")]
     pub fn recompute(mut self, recompute: bool) -> Self {
         self.recompute = recompute;

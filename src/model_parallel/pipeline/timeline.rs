@@ -60,17 +60,25 @@ pub struct Slot {
 pub struct Timeline {
     pub(super) name: String,
     pub(super) stages: usize,
+    /// In seconds, not in units of the costs.
+    pub(super) measured: bool,
     pub(super) ranks: Vec<Vec<Slot>>,
 }
 
 impl Timeline {
     pub(super) fn empty(plan: &Plan) -> Self {
-        Self { name: name(plan), stages: plan.stages(), ranks: vec![Vec::new(); plan.ranks()] }
+        let ranks = vec![Vec::new(); plan.ranks()];
+        Self { name: name(plan), stages: plan.stages(), measured: false, ranks }
     }
 
-    /// A timeline from slots that were measured: those of rank `r` at place `r`, on one clock.
+    /// A timeline from slots that were measured, in seconds: those of rank `r` at place `r`, on one clock.
     pub fn measured(plan: &Plan, slots: Vec<Vec<Slot>>) -> Self {
-        Self { name: format!("{}, measured", name(plan)), stages: plan.stages(), ranks: slots }
+        Self {
+            name: format!("{}, measured", name(plan)),
+            stages: plan.stages(),
+            measured: true,
+            ranks: slots,
+        }
     }
 
     /// Lets every rank work off its list; each action starts when its rank is free and what it needs is there.

@@ -2,9 +2,12 @@
 
 use std::borrow::Borrow;
 
-use tch::{Tensor, nn};
+use tch::{Kind, Tensor, nn};
 
-use super::{ColumnParallelLinear, LinearInit, ParallelLinearConfig, RowParallelLinear, check_positive};
+use super::{
+    ColumnParallelLinear, LinearInit, ParallelDropout, ParallelLinearConfig, RowParallelLinear,
+    check_positive,
+};
 use crate::model_parallel::escape::or_raise;
 use crate::{Error, ProcessGroup, Result};
 
@@ -75,6 +78,8 @@ pub struct ParallelSelfAttention {
     kv_heads: i64,
     head_width: i64,
     causal: bool,
+    dropout: Option<ParallelDropout>,
+    group: ProcessGroup,
 }
 
 impl ParallelSelfAttention {
@@ -122,14 +127,35 @@ impl ParallelSelfAttention {
             kv_heads: kv_heads / ranks,
             head_width,
             causal: config.causal,
+            dropout: None,
+            group: group.clone(),
         })
     }
 
-    /// The layer's outputs.
+    /// In training each attention weight is zero with probability `p`, as in GPT-2's `attn_pdrop`
+    /// ([`f_forward_t`](Self::f_forward_t)). Each rank drops weights of its own heads, from a random stream of its
+    /// own that `seed` begins on all ranks.
+    ///
+    /// # Errors
+    /// `InvalidArgument` where `p` is no probability.
+    pub fn with_dropout(mut self, p: f64, seed: u64) -> Result<Self> {
+        self.dropout = Some(ParallelDropout::split(p, seed, self.qkv.ws.device(), &self.group)?);
+        Ok(self)
+    }
+
+    /// The layer's outputs, without dropout.
     ///
     /// # Errors
     /// `ShapeMismatch` for an input that is not `[batch, sequence, width]`; those of the group's collectives.
     pub fn f_forward(&self, xs: &Tensor) -> Result<Tensor> {
+        self.f_forward_t(xs, false)
+    }
+
+    /// The layer's outputs, in training with the dropout it may have.
+    ///
+    /// # Errors
+    /// As [`f_forward`](Self::f_forward).
+    pub fn f_forward_t(&self, xs: &Tensor, train: bool) -> Result<Tensor> {
         let mixed = self.qkv.f_forward(xs)?;
         let Ok((batch, sequence, _)) = mixed.size3() else {
             return Err(Error::ShapeMismatch {
@@ -145,18 +171,37 @@ impl ParallelSelfAttention {
             Ok(t.f_view([batch, sequence, -1, self.head_width])?.f_transpose(1, 2)?)
         };
         let [q, k, v] = [by_head(&parts[0])?, by_head(&parts[1])?, by_head(&parts[2])?];
-        let shared = self.kv_heads != self.heads;
-        let mixed = Tensor::f_scaled_dot_product_attention(
-            &q,
-            &k,
-            &v,
-            None::<&Tensor>,
-            0.0,
-            self.causal,
-            None,
-            shared,
-        )?;
+        let mixed = match self.dropout.as_ref().filter(|_| train) {
+            Some(dropout) => self.attend_and_drop(&q, &k, &v, dropout)?,
+            None => {
+                let shared = self.kv_heads != self.heads;
+                let mask = None::<&Tensor>;
+                Tensor::f_scaled_dot_product_attention(&q, &k, &v, mask, 0.0, self.causal, None, shared)?
+            }
+        };
         self.out.f_forward(&mixed.f_transpose(1, 2)?.f_reshape([batch, sequence, -1])?)
+    }
+
+    /// Attention step by step: libtorch's own would draw from its default generator.
+    fn attend_and_drop(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        dropout: &ParallelDropout,
+    ) -> Result<Tensor> {
+        let all_heads =
+            |t: &Tensor| t.f_repeat_interleave_self_int(self.heads / self.kv_heads, 1, None::<i64>);
+        let (k, v) = (all_heads(k)?, all_heads(v)?);
+        let mut scores =
+            q.f_matmul(&k.f_transpose(-2, -1)?)?.f_div_scalar((self.head_width as f64).sqrt())?;
+        if self.causal {
+            let sequence = scores.size()[2];
+            let later = Tensor::f_ones([sequence, sequence], (Kind::Bool, scores.device()))?.f_triu(1)?;
+            scores = scores.f_masked_fill(&later, f64::NEG_INFINITY)?;
+        }
+        let weights = scores.f_softmax(-1, scores.kind())?;
+        Ok(dropout.forward(&weights, true)?.f_matmul(&v)?)
     }
 }
 

@@ -4,12 +4,11 @@ use std::borrow::Borrow;
 
 use tch::{Tensor, nn};
 
-use super::initial::{Draw, draw};
-use super::split::Split;
-use super::{LinearInit, ParallelLinearConfig, check_features, check_positive, layout, sequence_dim};
+use super::linear::{Parameters, Sharding, weight_size};
+use super::{LinearInit, ParallelLinearConfig, check_features, sequence_dim};
 use crate::functional::{all_gather_even, copy_to_group, gather_sized};
 use crate::model_parallel::escape::or_raise;
-use crate::{Error, ProcessGroup, Result};
+use crate::{ProcessGroup, Result};
 
 /// A linear layer whose outputs are split: each rank holds some rows of the `[out, in]` weight and of the bias.
 ///
@@ -37,7 +36,7 @@ pub struct ColumnParallelLinear {
     pub ws: Tensor,
     /// This rank's part of the bias: `[out share]`.
     pub bs: Option<Tensor>,
-    split: Split,
+    sharding: Sharding,
     config: ParallelLinearConfig,
     group: ProcessGroup,
 }
@@ -70,20 +69,10 @@ impl ColumnParallelLinear {
         init: LinearInit,
         group: &ProcessGroup,
     ) -> Result<Self> {
-        let path = path.borrow();
-        check_positive("in_dim", in_dim)?;
-        check_positive("out_dim", parts.iter().copied().min().unwrap_or(0))?;
-        let split = Split::new(0, parts, group.size());
-        let out_dim = split.full();
-        let mut draws = Vec::new();
-        if config.bias {
-            draws.push(Draw { init: init.bias(in_dim), shape: vec![out_dim], split: Some(split.clone()) });
-        }
-        draws.push(Draw { init: init.ws, shape: vec![out_dim, in_dim], split: Some(split.clone()) });
-        let mut drawn = draw(&draws, path.kind(), path.device(), group)?.into_iter();
-        let bs = config.bias.then(|| drawn.next()).flatten();
-        let ws = drawn.next().ok_or_else(|| Error::invalid("path", "no weight was drawn"))?;
-        Ok(Self::register(path, ws, bs, split, config, group))
+        let sharding = Sharding::by_outputs(parts, group.size());
+        let size = [sharding.ws.full(), in_dim];
+        let parameters = sharding.draw(path.borrow(), size, config.bias, init, group)?;
+        Ok(Self::of(parameters, sharding, config, group))
     }
 
     /// A layer whose shards are taken from full tensors that every rank has: `weight` `[out, in]`, `bias` `[out]`.
@@ -98,28 +87,19 @@ impl ColumnParallelLinear {
         config: ParallelLinearConfig,
         group: &ProcessGroup,
     ) -> Result<Self> {
-        let _no_grad = tch::no_grad_guard();
-        let path = path.borrow();
         let (out_dim, _) = weight_size(weight)?;
-        let split = Split::new(0, &[out_dim], group.size());
-        let take = |t: &Tensor| split.take(&t.f_to_device(path.device())?, group.rank());
-        let ws = take(weight)?;
-        let bs = bias.map(take).transpose()?;
-        Ok(Self::register(path, ws, bs, split, config, group))
+        let sharding = Sharding::by_outputs(&[out_dim], group.size());
+        let parameters = sharding.take(path.borrow(), weight, bias, group)?;
+        Ok(Self::of(parameters, sharding, config, group))
     }
 
-    fn register(
-        path: &nn::Path<'_>,
-        ws: Tensor,
-        bs: Option<Tensor>,
-        split: Split,
+    fn of(
+        Parameters { ws, bs }: Parameters,
+        sharding: Sharding,
         config: ParallelLinearConfig,
         group: &ProcessGroup,
     ) -> Self {
-        // Bias before weight, as tch registers its own.
-        let bs = bs.map(|bs| layout::add_shard(path, "bias", bs, &split));
-        let ws = layout::add_shard(path, "weight", ws, &split);
-        Self { ws, bs, split, config, group: group.clone() }
+        Self { ws, bs, sharding, config, group: group.clone() }
     }
 
     /// The layer's outputs.
@@ -137,8 +117,8 @@ impl ColumnParallelLinear {
             return Ok(ys);
         }
         let last = ys.dim() - 1;
-        let all = gather_sized(&ys, last, self.split.lens(), &self.group)?;
-        self.split.join(&all, last)
+        let all = gather_sized(&ys, last, self.sharding.ws.lens(), &self.group)?;
+        self.sharding.ws.join(&all, last)
     }
 }
 
@@ -146,13 +126,4 @@ impl nn::Module for ColumnParallelLinear {
     fn forward(&self, xs: &Tensor) -> Tensor {
         or_raise(self.f_forward(xs))
     }
-}
-
-/// A linear weight's outputs and inputs.
-pub(super) fn weight_size(weight: &Tensor) -> Result<(i64, i64)> {
-    weight.size2().map_err(|_| Error::ShapeMismatch {
-        argument: "weight",
-        expected: "two dimensions, outputs and inputs".to_owned(),
-        got: format!("{:?}", weight.size()),
-    })
 }

@@ -3,7 +3,7 @@
 use tch::Tensor;
 
 use crate::random::Generator;
-use crate::{ProcessGroup, Result};
+use crate::{Error, ProcessGroup, Result};
 
 /// Dropout from a generator of its own.
 ///
@@ -34,15 +34,18 @@ impl ParallelDropout {
     /// Every rank drops the same elements; all ranks give the same seed.
     ///
     /// # Errors
-    /// Those of [`Generator::on`].
+    /// `InvalidArgument` where `p` is no probability; those of [`Generator::on`].
     pub fn replicated(p: f64, seed: u64, device: tch::Device) -> Result<Self> {
+        if !(0.0..=1.0).contains(&p) {
+            return Err(Error::invalid("p", format!("{p} was given; a probability is expected")));
+        }
         Ok(Self { p, generator: Generator::on(device, seed)? })
     }
 
     /// Each rank of the group drops elements of its own part, from a stream of its own.
     ///
     /// # Errors
-    /// Those of [`Generator::on`].
+    /// As [`replicated`](Self::replicated).
     pub fn split(p: f64, seed: u64, device: tch::Device, group: &ProcessGroup) -> Result<Self> {
         // Far from the seeds that neighbouring layers are likely to have.
         let seed = seed.wrapping_add((group.rank() as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
@@ -57,7 +60,8 @@ impl ParallelDropout {
         self.generator.dropout(xs, self.p, train)
     }
 
-    /// The generator, to be set back before a forward is computed again.
+    /// The generator: its state belongs into a checkpoint. (A stage that is
+    /// [computed again](crate::model_parallel::pipeline::Stage::recompute) draws the same by itself.)
     pub fn generator(&self) -> &Generator {
         &self.generator
     }

@@ -7,7 +7,7 @@ use tch::{Kind, Tensor};
 
 use super::initial::{Draw, draw};
 use super::split::Split;
-use super::{ParallelLinearConfig, check_features, check_positive, column, layout, sequence_dim};
+use super::{ParallelLinearConfig, check_features, check_positive, layout, linear, sequence_dim};
 use crate::functional::{all_gather_even, copy_to_group, reduce_from_group, reduce_scatter_even};
 use crate::model_parallel::escape::or_raise;
 use crate::{Error, ProcessGroup, Result};
@@ -91,7 +91,7 @@ impl VocabParallelEmbedding {
     ) -> Result<Self> {
         let _no_grad = tch::no_grad_guard();
         let path = path.borrow();
-        let (vocabulary, _) = column::weight_size(weight)?;
+        let (vocabulary, _) = linear::weight_size(weight)?;
         let split = Split::new(0, &[vocabulary], group.size());
         let ws = split.take(&weight.f_to_device(path.device())?, group.rank())?;
         Ok(Self::register(path, ws, &split, config, group))

@@ -4,7 +4,7 @@ use std::borrow::Borrow;
 
 use tch::{Tensor, nn};
 
-use super::{ColumnParallelLinear, LinearInit, ParallelLinearConfig, RowParallelLinear};
+use super::{ColumnParallelLinear, LinearInit, ParallelDropout, ParallelLinearConfig, RowParallelLinear};
 use crate::model_parallel::escape::or_raise;
 use crate::{ProcessGroup, Result};
 
@@ -45,6 +45,8 @@ pub struct ParallelMlp {
     up: ColumnParallelLinear,
     down: RowParallelLinear,
     activation: Activation,
+    dropout: Option<ParallelDropout>,
+    group: ProcessGroup,
 }
 
 impl ParallelMlp {
@@ -81,14 +83,33 @@ impl ParallelMlp {
         let parts = if activation == Activation::SwiGlu { vec![hidden, hidden] } else { vec![hidden] };
         let up = ColumnParallelLinear::fused(path / "up", width, &parts, config, up, group)?;
         let down = RowParallelLinear::with_init(path / "down", hidden, width, config, down, group)?;
-        Ok(Self { up, down, activation })
+        Ok(Self { up, down, activation, dropout: None, group: group.clone() })
     }
 
-    /// The layer's outputs.
+    /// In training each hidden feature is zero with probability `p`, after the activation
+    /// ([`f_forward_t`](Self::f_forward_t)). Each rank drops features of its own share, from a random stream of its
+    /// own that `seed` begins on all ranks.
+    ///
+    /// # Errors
+    /// `InvalidArgument` where `p` is no probability.
+    pub fn with_dropout(mut self, p: f64, seed: u64) -> Result<Self> {
+        self.dropout = Some(ParallelDropout::split(p, seed, self.up.ws.device(), &self.group)?);
+        Ok(self)
+    }
+
+    /// The layer's outputs, without dropout.
     ///
     /// # Errors
     /// As [`ColumnParallelLinear::f_forward`] and [`RowParallelLinear::f_forward`].
     pub fn f_forward(&self, xs: &Tensor) -> Result<Tensor> {
+        self.f_forward_t(xs, false)
+    }
+
+    /// The layer's outputs, in training with the dropout it may have.
+    ///
+    /// # Errors
+    /// As [`f_forward`](Self::f_forward).
+    pub fn f_forward_t(&self, xs: &Tensor, train: bool) -> Result<Tensor> {
         let up = self.up.f_forward(xs)?;
         let hidden = match self.activation {
             Activation::Gelu => up.f_gelu("none")?,
@@ -100,7 +121,10 @@ impl ParallelMlp {
                 gate.f_silu()?.f_mul(&up)?
             }
         };
-        self.down.f_forward(&hidden)
+        match self.dropout.as_ref().filter(|_| train) {
+            Some(dropout) => self.down.f_forward(&dropout.forward(&hidden, true)?),
+            None => self.down.f_forward(&hidden),
+        }
     }
 }
 

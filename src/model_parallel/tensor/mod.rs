@@ -30,6 +30,7 @@ mod embedding;
 mod file;
 mod initial;
 mod layout;
+mod linear;
 mod mlp;
 mod norm;
 mod row;

@@ -4,13 +4,11 @@ use std::borrow::Borrow;
 
 use tch::{Tensor, nn};
 
-use super::column::weight_size;
-use super::initial::{Draw, draw};
-use super::split::Split;
-use super::{LinearInit, ParallelLinearConfig, check_features, check_positive, layout, sequence_dim};
+use super::linear::{Parameters, Sharding, weight_size};
+use super::{LinearInit, ParallelLinearConfig, check_features, sequence_dim};
 use crate::functional::{copy_to_group, reduce_from_group, reduce_scatter_even, scatter_to_group};
 use crate::model_parallel::escape::or_raise;
-use crate::{Error, ProcessGroup, Result};
+use crate::{ProcessGroup, Result};
 
 /// A linear layer whose inputs are split: each rank holds some columns of the `[out, in]` weight, and the partial
 /// results are summed. The bias is whole on every rank and added once, after the sum.
@@ -71,19 +69,10 @@ impl RowParallelLinear {
         init: LinearInit,
         group: &ProcessGroup,
     ) -> Result<Self> {
-        let path = path.borrow();
-        check_positive("in_dim", in_dim)?;
-        check_positive("out_dim", out_dim)?;
-        let split = Split::new(1, &[in_dim], group.size());
-        let mut draws = Vec::new();
-        if config.bias {
-            draws.push(Draw { init: init.bias(in_dim), shape: vec![out_dim], split: None });
-        }
-        draws.push(Draw { init: init.ws, shape: vec![out_dim, in_dim], split: Some(split.clone()) });
-        let mut drawn = draw(&draws, path.kind(), path.device(), group)?.into_iter();
-        let bs = config.bias.then(|| drawn.next()).flatten();
-        let ws = drawn.next().ok_or_else(|| Error::invalid("path", "no weight was drawn"))?;
-        Ok(Self::register(path, ws, bs, &split, config, group))
+        let sharding = Sharding::by_inputs(in_dim, group.size());
+        let size = [out_dim, in_dim];
+        let Parameters { ws, bs } = sharding.draw(path.borrow(), size, config.bias, init, group)?;
+        Ok(Self { ws, bs, config, group: group.clone(), in_dim })
     }
 
     /// A layer whose shard is taken from full tensors that every rank has: `weight` `[out, in]`, `bias` `[out]`.
@@ -98,27 +87,10 @@ impl RowParallelLinear {
         config: ParallelLinearConfig,
         group: &ProcessGroup,
     ) -> Result<Self> {
-        let _no_grad = tch::no_grad_guard();
-        let path = path.borrow();
-        let (out_dim, in_dim) = weight_size(weight)?;
-        let split = Split::new(1, &[in_dim], group.size());
-        let ws = split.take(&weight.f_to_device(path.device())?, group.rank())?;
-        let whole = Split::new(0, &[out_dim], 1);
-        let bs = bias.map(|bs| whole.take(&bs.f_to_device(path.device())?, 0)).transpose()?;
-        Ok(Self::register(path, ws, bs, &split, config, group))
-    }
-
-    fn register(
-        path: &nn::Path<'_>,
-        ws: Tensor,
-        bs: Option<Tensor>,
-        split: &Split,
-        config: ParallelLinearConfig,
-        group: &ProcessGroup,
-    ) -> Self {
-        let bs = bs.map(|bs| path.add("bias", bs, true));
-        let ws = layout::add_shard(path, "weight", ws, split);
-        Self { ws, bs, config, group: group.clone(), in_dim: split.full() }
+        let (_, in_dim) = weight_size(weight)?;
+        let sharding = Sharding::by_inputs(in_dim, group.size());
+        let Parameters { ws, bs } = sharding.take(path.borrow(), weight, bias, group)?;
+        Ok(Self { ws, bs, config, group: group.clone(), in_dim })
     }
 
     /// The layer's outputs.

@@ -27,6 +27,8 @@ pub(crate) enum Event {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct RankEvents {
     pub(crate) rank: usize,
+    /// What it costs to keep a span.
+    pub(crate) event_ns: f64,
     pub(crate) spans: Vec<Span>,
 }
 

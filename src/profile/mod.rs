@@ -3,6 +3,9 @@
 //! * [`Profiler`]: per step and rank, computing, communication, the exposed part of it, waiting for
 //!   stragglers, idling; per operation, count, bytes, time; a table that names the slowest rank; a trace for
 //!   Perfetto. Off unless asked for (`TCH_DISTRIBUTED_PROFILE` or the builder), and then one branch a call.
+//! * `tracing` spans of the target `tch_distributed`, for those who have a collector of their own: `step`; at the
+//!   level `TRACE` every call (`collective`, with its activity, group, number, bytes and whether it went well, from its
+//!   beginning to its end), every wait for one (`wait`) and every pass of a pipeline (`pass`). They need no profile.
 //! * The flight recorder: the last calls of each group ([`FlightEntry`]), always on (a few stores a call;
 //!   `TCH_DISTRIBUTED_FLIGHT_RECORDER=N` keeps N, 0 none). [`dump`] writes them; with
 //!   `TCH_DISTRIBUTED_FLIGHT_DIR` set every failure and SIGUSR1 does. [`diagnose_folder`], also as `tchrun
@@ -42,4 +45,4 @@ pub(crate) use dump::{dump_on_failure, dump_on_signal};
 pub use flight::{Activity, FlightEntry, State};
 pub(crate) use instrument::{GroupInstrument, RankInstrument, Watch};
 pub use profiler::{ProfileOptions, Profiler};
-pub use report::{ActivityReport, RankReport, Report};
+pub use report::{ActivityReport, Overhead, RankReport, Report};

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::clock;
 use super::events::{Event, RankEvents, Span};
-use super::instrument::RankInstrument;
+use super::instrument::{RankInstrument, nanoseconds_per_event};
 use super::report::Report;
 use crate::{ProcessGroup, Result};
 
@@ -45,6 +45,7 @@ pub struct Profiler {
     on: bool,
     trace_file: Option<PathBuf>,
     clock_ahead_ns: i64,
+    event_ns: f64,
 }
 
 impl Profiler {
@@ -54,8 +55,9 @@ impl Profiler {
         let variable = std::env::var("TCH_DISTRIBUTED_PROFILE").ok().filter(|v| !v.is_empty() && v != "0");
         let on = options.enabled.unwrap_or(variable.is_some());
         let trace_file = options.trace_file.or_else(|| variable.filter(|v| v != "1").map(PathBuf::from));
-        let mut profiler = Self { group: group.clone(), on, trace_file, clock_ahead_ns: 0 };
+        let mut profiler = Self { group: group.clone(), on, trace_file, clock_ahead_ns: 0, event_ns: 0.0 };
         if on {
+            profiler.event_ns = nanoseconds_per_event();
             profiler.clock_ahead_ns = clock::offset_ns(group)?;
             group.barrier()?;
             let rank = profiler.rank();
@@ -69,8 +71,9 @@ impl Profiler {
         self.group.instrument().shared()
     }
 
-    /// Runs one training step. With the profile off, nothing more.
+    /// Runs one training step. With the profile off, nothing more than a span for a collector.
     pub fn step<T>(&self, step: impl FnOnce() -> T) -> T {
+        let _span = tracing::debug_span!(target: "tch_distributed", "step").entered();
         if !self.on {
             return step();
         }
@@ -100,7 +103,7 @@ impl Profiler {
             span.from_ns = span.from_ns.saturating_add_signed(-ahead);
             span.to_ns = span.to_ns.saturating_add_signed(-ahead);
         }
-        let own = RankEvents { rank: self.group.rank(), spans };
+        let own = RankEvents { rank: self.group.rank(), event_ns: self.event_ns, spans };
         let report = Report::new(self.group.all_gather_object(&own)?);
         if let (0, Some(path)) = (self.group.rank(), &self.trace_file) {
             report.write_trace(path)?;

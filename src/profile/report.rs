@@ -54,6 +54,29 @@ impl ActivityReport {
     }
 }
 
+/// What the profile itself costs: events kept times the cost of one, which is measured when the profile begins.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Overhead {
+    /// Events kept in a step, on the rank that keeps most.
+    pub events_per_step: f64,
+    /// Nanoseconds an event, on the slowest rank.
+    pub nanoseconds_per_event: f64,
+    /// Their product as a share of a step.
+    pub share: f64,
+}
+
+impl Overhead {
+    fn new(events: &[RankEvents], ranks: &[RankReport]) -> Self {
+        let steps = |r: &RankReport| r.steps.max(1) as f64;
+        let kept = events.iter().zip(ranks).map(|(e, r)| e.spans.len() as f64 / steps(r));
+        let events_per_step = kept.fold(0.0, f64::max);
+        let nanoseconds_per_event = events.iter().map(|e| e.event_ns).fold(0.0, f64::max);
+        let step = ranks.iter().map(|r| r.wall / steps(r)).fold(0.0, f64::max);
+        let cost = events_per_step * nanoseconds_per_event / 1e9;
+        Self { events_per_step, nanoseconds_per_event, share: if step > 0.0 { cost / step } else { 0.0 } }
+    }
+}
+
 /// What a profile says: see [`Profiler::finish`](super::Profiler::finish). `Display` prints a table.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Report {
@@ -61,6 +84,8 @@ pub struct Report {
     pub ranks: Vec<RankReport>,
     /// One for each operation that was called.
     pub activities: Vec<ActivityReport>,
+    /// What the profile itself costs.
+    pub overhead: Overhead,
     events: Vec<RankEvents>,
 }
 
@@ -68,7 +93,8 @@ impl Report {
     pub(crate) fn new(events: Vec<RankEvents>) -> Self {
         let mut ranks: Vec<RankReport> = events.iter().map(rank_report).collect();
         stragglers(&events, &mut ranks);
-        Self { ranks, activities: activities(&events), events }
+        let overhead = Overhead::new(&events, &ranks);
+        Self { ranks, activities: activities(&events), overhead, events }
     }
 
     /// The rank that others waited for longest, and for how many seconds; `None` where nobody waited.
@@ -186,6 +212,12 @@ impl fmt::Display for Report {
                 a.bandwidth() / 1e9
             )?;
         }
+        let Overhead { events_per_step, nanoseconds_per_event, share } = self.overhead;
+        writeln!(
+            f,
+            "profiling: {events_per_step:.1} events a step x {nanoseconds_per_event:.0} ns each, {:.4} % of a step",
+            100.0 * share
+        )?;
         match self.slowest() {
             Some((rank, caused)) => {
                 writeln!(f, "slowest: rank {rank}, for which others waited {:.3} ms in all", caused * 1e3)
@@ -219,8 +251,8 @@ mod tests {
         let [a, b] = call(0, 10, 42);
         let [c, d] = call(0, 40, 42);
         let report = Report::new(vec![
-            RankEvents { rank: 0, spans: vec![step(0, 50, 15), a, b] },
-            RankEvents { rank: 1, spans: vec![step(0, 50, 45), c, d] },
+            RankEvents { rank: 0, event_ns: 500.0, spans: vec![step(0, 50, 15), a, b] },
+            RankEvents { rank: 1, event_ns: 400.0, spans: vec![step(0, 50, 45), c, d] },
         ]);
         assert_eq!(report.slowest().map(|(rank, _)| rank), Some(1));
         let first = &report.ranks[0];
@@ -229,12 +261,17 @@ mod tests {
         assert!(near(first.compute, 0.015) && near(first.idle, 0.003), "{first:?}");
         assert_eq!((report.activities[0].count, report.activities[0].bytes), (2, 2000));
         assert!(report.to_string().contains("slowest: rank 1"), "{report}");
+        // Three events of 500 ns in a step of 50 ms.
+        let Overhead { events_per_step, nanoseconds_per_event, share } = report.overhead;
+        assert_eq!((events_per_step, nanoseconds_per_event), (3.0, 500.0));
+        assert!(near(share, 1500e-9 / 50e-3), "{share}");
     }
 
     #[test]
     fn communication_behind_computing_is_not_exposed() {
         let [hidden, _] = call(0, 10, 30);
-        let report = Report::new(vec![RankEvents { rank: 0, spans: vec![step(0, 40, 40), hidden] }]);
+        let report =
+            Report::new(vec![RankEvents { rank: 0, event_ns: 500.0, spans: vec![step(0, 40, 40), hidden] }]);
         assert_eq!(report.ranks[0].exposed, 0.0);
         assert!((report.ranks[0].communication - 0.020).abs() < 1e-9);
         assert_eq!(report.slowest(), None);

@@ -98,7 +98,8 @@ mod tests {
                 },
             },
         ];
-        let ranks: Vec<_> = (0..2).map(|rank| RankEvents { rank, spans: spans.clone() }).collect();
+        let ranks: Vec<_> =
+            (0..2).map(|rank| RankEvents { rank, event_ns: 0.0, spans: spans.clone() }).collect();
         let json: serde_json::Value = serde_json::from_str(&to_json(&ranks).unwrap()).unwrap();
         let events = json["traceEvents"].as_array().unwrap();
         let reduce = events.iter().find(|e| e["name"] == "all_reduce" && e["pid"] == 1).unwrap();

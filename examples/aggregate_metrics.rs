@@ -66,8 +66,8 @@ fn run(args: &Args) -> Result<(), Box<dyn Error>> {
     let (mut sequential_line, mut parallel_line) = (Vec::new(), Vec::new());
     if group.rank() == 0 {
         println!(
-            "{:>8} {:>6} {:>18} {:>9} {:>10}",
-            "batches", "ranks", "batches a rank", "seconds", "accuracy"
+            "{:>8} {:>6} {:>15} {:>9} {:>9} {:>10}",
+            "batches", "ranks", "batches a rank", "expected", "seconds", "accuracy"
         );
     }
     for batches in [args.batches / 4, args.batches / 2, args.batches] {
@@ -91,7 +91,11 @@ fn run(args: &Args) -> Result<(), Box<dyn Error>> {
         if group.rank() == 0 {
             let accuracy = all.accuracy.value().unwrap_or(0.0);
             for (ranks, each, seconds) in [(1, whole.batches, alone), (group.size(), own.batches, together)] {
-                println!("{batches:>8} {ranks:>6} {each:>18} {seconds:>9.3} {:>9.2} %", 100.0 * accuracy);
+                let expected = batches.div_ceil(ranks);
+                println!(
+                    "{batches:>8} {ranks:>6} {each:>15} {expected:>9} {seconds:>9.3} {:>8.2} %",
+                    100.0 * accuracy
+                );
             }
         }
     }

@@ -22,9 +22,10 @@ use tch::nn::{self, OptimizerConfig};
 use tch::{Device, Tensor};
 use tch_distributed as dist;
 use tch_distributed::cost::{Link, Parallelism, StepTime, Workload, calibrate};
+use tch_distributed::data_parallel::DdpOptions;
+use tch_distributed::model_parallel::DeviceMesh;
 use tch_distributed::model_parallel::pipeline::{Pipeline, Schedule, Stage};
 use tch_distributed::model_parallel::tensor::Layout;
-use tch_distributed::model_parallel::{DeviceMesh, sync_gradients};
 use tch_distributed::profile::{ProfileOptions, Profiler, Report};
 
 #[derive(Clone, Debug, Parser)]
@@ -90,8 +91,9 @@ fn measure(args: &Args, case: Case, file: &Path) -> Outcome {
     let (part, _) = Layout::record(&tp, || gpt::Part::new(&vs.root(), config, pp.rank(), pipeline, &tp));
     let part = part?;
     let tied = part.tied();
-    let pipe =
-        Pipeline::new(vec![Stage::new(part)], MICRO_BATCHES, Schedule::OneFOneB, &pp)?.fixed_shapes(true);
+    let pipe = Pipeline::new(vec![Stage::new_t(part)], MICRO_BATCHES, Schedule::OneFOneB, &pp)?
+        .fixed_shapes(true)
+        .data_parallel(&vs, &dp, DdpOptions::new())?;
     pipe.tie(&[0, pipeline - 1], tied.as_ref())?;
     let mut optimizer = nn::AdamW::default().build(&vs, 1e-3)?;
     let text = gpt::Text::of_this_crate()?;
@@ -102,7 +104,6 @@ fn measure(args: &Args, case: Case, file: &Path) -> Outcome {
         let own = |t: &Tensor| t.narrow(0, dp.rank() as i64 * rows, rows);
         optimizer.zero_grad();
         pipe.step(Some(&own(&xs)), Some(&own(&targets)), |ys, ts| gpt::loss(ys, ts, &tp))?;
-        sync_gradients(&vs, &dp)?;
         optimizer.step();
         Ok(())
     };
@@ -234,28 +235,59 @@ fn print(title: &str, axis: &str, rows: &[Row]) {
     }
 }
 
+/// One chart: its file, title and unit, what was measured, and what is predicted of it.
+type Chart = (&'static str, &'static str, &'static str, fn(&Row) -> f64, Option<fn(&Row) -> f64>);
+
+const CHARTS: [Chart; 6] = [
+    ("time", "Time of a step", "ms", |r| r.measured.step * 1e3, Some(|r| r.predicted.total() * 1e3)),
+    (
+        "compute",
+        "Computing in a step",
+        "ms",
+        |r| r.measured.compute * 1e3,
+        Some(|r| r.predicted.compute * 1e3),
+    ),
+    (
+        "exposed",
+        "Exposed communication in a step",
+        "ms",
+        |r| r.measured.exposed * 1e3,
+        Some(|r| r.predicted.exposed * 1e3),
+    ),
+    (
+        "bubble",
+        "Bubble of the pipeline",
+        "% of a step",
+        |r| r.measured.bubble * 100.0,
+        Some(|r| r.predicted.bubble / r.predicted.total() * 100.0),
+    ),
+    ("bytes", "Bytes that a rank moves in a step", "MB", |r| r.measured.bytes / 1e6, None),
+    ("memory", "Largest memory of a rank", "MiB", |r| r.measured.memory, None),
+];
+
 /// Measured dots and predicted lines of every way.
 fn draw(args: &Args, stem: &str, x: &str, rows: &[Row]) -> Outcome {
-    let mut times = Vec::new();
-    let mut memory = Vec::new();
-    for way in ["data", "tensor", "pipeline", "combined"] {
-        let points = |y: &dyn Fn(&Row) -> f64| {
-            rows.iter().filter(|r| r.way == way || r.way == "alone").map(|r| (r.at, y(r))).collect::<Vec<_>>()
-        };
-        if rows.iter().any(|r| r.way == way) {
-            times.push(plot::Series::dots(&format!("{way}, measured"), points(&|r| r.measured.step * 1e3)));
-            times.push(plot::Series::line(
-                &format!("{way}, predicted"),
-                points(&|r| r.predicted.total() * 1e3),
-            ));
-            memory.push(plot::Series::line(way, points(&|r| r.measured.memory)));
+    for (name, title, y, measured, predicted) in CHARTS {
+        let mut series = Vec::new();
+        for way in ["data", "tensor", "pipeline", "combined"] {
+            let of_way = || rows.iter().filter(|r| r.way == way || r.way == "alone");
+            let has_bubble = name != "bubble" || ["pipeline", "combined"].contains(&way);
+            if !has_bubble || rows.iter().all(|r| r.way != way) {
+                continue;
+            }
+            let points = of_way().map(|r| (r.at, measured(r))).collect();
+            match predicted {
+                Some(predicted) => {
+                    series.push(plot::Series::dots(&format!("{way}, measured"), points));
+                    let points = of_way().map(|r| (r.at, predicted(r))).collect();
+                    series.push(plot::Series::line(&format!("{way}, predicted"), points));
+                }
+                None => series.push(plot::Series::line(way, points)),
+            }
         }
+        plot::lines(&args.out.join(format!("{stem}_{name}")), plot::Labels { title, x, y }, &series)?;
     }
-    let labels = plot::Labels { title: "Time of a step", x, y: "milliseconds" };
-    let [svg, _] = plot::lines(&args.out.join(format!("{stem}_time")), labels, &times)?;
-    let labels = plot::Labels { title: "Largest memory of a rank", x, y: "MiB" };
-    plot::lines(&args.out.join(format!("{stem}_memory")), labels, &memory)?;
-    println!("drawn: {}", svg.display());
+    println!("drawn: {}_*.svg and .png", args.out.join(stem).display());
     Ok(())
 }
 

@@ -125,7 +125,7 @@ fn run(args: &Args) -> Result<(), Box<dyn Error>> {
 
         let (work, seconds) = timed(&world, || fleet(models, &batches, 0, 1))?;
         assert_eq!((work.evaluations, work.retraining_steps), (2 * units, units), "models × batches");
-        report(&world, "one process", models, &work, seconds);
+        report(&world, "one process", models, &work, [2 * units, units], seconds);
         one.push((models as f64, (work.evaluations + work.retraining_steps) as f64));
 
         let (own, seconds) = timed(&world, || fleet(models, &batches, number, groups.len()))?;
@@ -136,12 +136,13 @@ fn run(args: &Args) -> Result<(), Box<dyn Error>> {
         );
         assert!(own.retraining_steps <= (models.div_ceil(groups.len()) * args.batches) as u64);
         assert_eq!(all.after, work.after, "and the fleet ends in the same state");
-        report(&world, "spread over sub-groups", models, &own, seconds);
+        let share = (models.div_ceil(groups.len()) * args.batches) as u64;
+        report(&world, "spread over sub-groups", models, &own, [2 * share, share], seconds);
         spread.push((models as f64, (own.evaluations + own.retraining_steps) as f64));
 
         let (own, seconds) = timed(&world, || once_for_all(models, &batches))?;
         assert_eq!((own.evaluations, own.retraining_steps), (2 * units, args.batches as u64));
-        report(&world, "retrained once for all", models, &own, seconds);
+        report(&world, "retrained once for all", models, &own, [2 * units, args.batches as u64], seconds);
         shared.push((models as f64, (own.evaluations + own.retraining_steps) as f64));
     }
     if world.rank() == 0 {
@@ -156,7 +157,7 @@ fn run(args: &Args) -> Result<(), Box<dyn Error>> {
         let series = [
             plot::Series::line("one process", one),
             plot::Series::line(&format!("spread over {} sub-groups", groups.len()), spread),
-            plot::Series::line("one process, retrained once for all", shared),
+            plot::Series::line("retrained once for all (one process)", shared),
         ];
         let [svg, png] = plot::lines(&args.out, labels, &series)?;
         println!("picture: {} and {}", svg.display(), png.display());
@@ -217,12 +218,23 @@ fn timed<T>(
     Ok((result, start.elapsed().as_secs_f64()))
 }
 
-fn report(group: &dist::ProcessGroup, how: &str, models: usize, work: &Work, seconds: f64) {
+/// Rank 0's work beside what is expected of it.
+fn report(
+    group: &dist::ProcessGroup,
+    how: &str,
+    models: usize,
+    work: &Work,
+    expected: [u64; 2],
+    seconds: f64,
+) {
     if group.rank() == 0 {
         println!(
-            "{how:>24}: {models} models, {} evaluations, {} retraining steps, {seconds:.3} s, accuracy {:.1} % -> {:.1} %",
+            "{how:>24}: {models} models, {} evaluations (expected {}), {} retraining steps (expected {}), \
+             {seconds:.3} s, accuracy {:.1} % -> {:.1} %",
             work.evaluations,
+            expected[0],
             work.retraining_steps,
+            expected[1],
             100.0 * work.before.value().unwrap_or(0.0),
             100.0 * work.after.value().unwrap_or(0.0),
         );

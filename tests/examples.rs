@@ -71,12 +71,18 @@ fn mistakes_say_what_to_do() {
 }
 
 #[test]
-fn gathered_gradients_train_the_same_weight_on_every_rank() {
-    let text = said("train_gather_update", &[]);
-    assert!(
-        text.contains("rank 0: the weight is 3.000") && text.contains("rank 1: the weight is 3.000"),
-        "{text}"
-    );
+fn gathered_gradients_train_the_same_weight_on_every_rank_in_batches_over_workers_steps() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("steps").display().to_string();
+    // It asserts itself that the steps it counts are those it expects.
+    let text = said("train_gather_update", &["--nproc", "3", "--batches", "12", "--out", &out]);
+    for rank in 0..3 {
+        assert!(text.contains(&format!("rank {rank}: the weight is 3.000")), "{text}");
+    }
+    assert!(text.contains("expected: steps grow as batches, and shrink as 1 / workers"), "{text}");
+    for picture in ["steps_batches.svg", "steps_workers.png"] {
+        assert!(std::fs::metadata(folder.path().join(picture)).unwrap().len() > 0, "{picture}");
+    }
 }
 
 #[test]
@@ -132,16 +138,37 @@ fn the_scaling_report_says_where_more_workers_hurt() {
 }
 
 #[test]
-fn a_gpt_trains_on_a_mesh_and_says_its_loss_last() {
+fn a_gpt_trains_alike_on_every_mesh_and_says_its_loss_last() {
     let folder = tempfile::tempdir().unwrap();
-    let out = folder.path().display().to_string();
-    let small =
-        ["--dp", "2", "--tp", "2", "--steps", "2", "--batch", "8", "--context", "16", "--width", "16"];
-    let text = said(
-        "train_gpt",
-        &[&small[..], &["--layers", "2", "--heads", "2", "--sample", "8", "--out", &out]].concat(),
-    );
-    assert!(text.lines().last().unwrap().starts_with("final loss: "), "{text}");
+    let train = |name: &str, mesh: &[&str]| -> Vec<f64> {
+        let out = folder.path().join(name).display().to_string();
+        let small = ["--steps", "3", "--batch", "8", "--context", "16", "--width", "16", "--layers", "4"];
+        let text = said(
+            "train_gpt",
+            &[&small[..], &["--heads", "2", "--sample", "8", "--out", &out], mesh].concat(),
+        );
+        let losses = std::fs::read_to_string(folder.path().join(name).join("losses.txt")).unwrap();
+        let losses: Vec<f64> = losses.lines().map(|line| line.parse().unwrap()).collect();
+        assert_eq!(losses.len(), 3, "{text}");
+        assert_eq!(text.lines().last().unwrap(), format!("final loss: {:.3}", losses[2]));
+        for picture in ["loss.svg", "loss.png", "last_step.svg"] {
+            assert!(
+                std::fs::metadata(folder.path().join(name).join(picture)).unwrap().len() > 0,
+                "{picture}"
+            );
+        }
+        losses
+    };
+    let alone = train("alone", &["--dp", "1", "--tp", "1", "--pp", "1"]);
+    let meshes: [(&str, &[&str]); 2] = [
+        ("data and tensor", &["--dp", "2", "--tp", "2", "--schedule", "gpipe"]),
+        ("tensor and pipeline", &["--tp", "2", "--pp", "2", "--sp", "--schedule", "interleaved"]),
+    ];
+    for (name, mesh) in meshes {
+        for (got, expected) in train(name, mesh).iter().zip(&alone) {
+            assert!((got - expected).abs() < 1e-4 * expected, "{name}: {got}, alone {expected}");
+        }
+    }
 }
 
 #[test]
@@ -155,6 +182,21 @@ fn every_way_to_be_parallel_is_compared() {
     for way in ["data", "tensor", "pipeline"] {
         assert!(text.contains(way), "{text}");
     }
+}
+
+#[test]
+fn schedules_hold_what_their_plans_say() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().display().to_string();
+    let small = ["--micro-batches", "8", "--layers", "2", "--width", "16", "--rows", "4", "--out", &out];
+    // It asserts itself that a rank holds as many micro-batches as planned.
+    let text = said("compare_schedules", &small);
+    for schedule in ["gpipe", "1f1b", "interleaved", "zero-bubble"] {
+        assert!(text.contains(schedule), "{text}");
+        let svg = std::fs::read_to_string(folder.path().join(format!("{schedule}_8.svg"))).unwrap();
+        assert!(svg.contains("bubble") && svg.contains("time ("), "{schedule}");
+    }
+    assert!(std::fs::metadata(folder.path().join("memory.png")).unwrap().len() > 0);
 }
 
 #[test]

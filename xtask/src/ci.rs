@@ -1,7 +1,7 @@
 //! `cargo xtask ci`: everything that must hold before a change is taken, each step with its time.
 //!
-//! `hosts` is apart because it takes network namespaces; `interop` because it installs all of PyTorch (the index has no
-//! wheel for the CPU alone: 5 GB on disk) and wants Open MPI; `gpu-bundle` because what it builds takes a GPU.
+//! `interop` is apart because it installs all of PyTorch (the index has no wheel for the CPU alone: 5 GB on disk) and
+//! wants Open MPI; `gpu-bundle` because what it builds takes a GPU; `soak` and `sanitize` because they take long.
 
 use std::process::Command;
 use std::time::Instant;

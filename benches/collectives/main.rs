@@ -13,6 +13,7 @@ mod options;
 mod plot;
 mod probes;
 mod report;
+mod targets;
 mod training;
 
 use std::collections::HashMap;
@@ -65,16 +66,20 @@ fn run(options: &Options) -> Result<u64, String> {
             }
         }
         let probes = Probes::new(world);
-        for case in options.cases() {
+        for case in options.cases(world) {
             eprintln!("{case}, {world} ranks");
             rows.extend(measure(&case, world, &mut crews, &probes, options)?);
         }
-        for &model in &options.models {
+        // The targets of training are for two ranks.
+        for &model in options.models.iter().filter(|_| !options.targets || world == 2) {
             eprintln!("training {model}, {world} ranks");
             rows.extend(train(model, world, &mut crews, options)?);
         }
     }
     report::print(&rows);
+    if options.targets {
+        targets::print(&rows);
+    }
     if let Some(path) = &options.json {
         report::write_json(path, &rows)?;
     }

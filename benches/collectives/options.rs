@@ -6,6 +6,7 @@ use tch::Kind;
 
 use super::cases::{COLLECTIVES, Case, Collective, KINDS};
 use super::crew::{ENGINES, Engine};
+use super::targets;
 use super::training::MODELS;
 
 const USAGE: &str = "\
@@ -24,6 +25,7 @@ cargo xtask bench [options]
   --float             ranks may change cores (else each native rank stays on one, where there are enough)
   --json FILE         the results, an array of objects
   --svg FILE          a plot of them
+  --targets           what the targets speak of, 2 ranks and 4, training too; at the end which are met
   --quick             a few sizes and rounds, to see that it works";
 
 #[derive(Debug)]
@@ -41,6 +43,8 @@ pub(crate) struct Options {
     pub(crate) pin: bool,
     pub(crate) json: Option<PathBuf>,
     pub(crate) svg: Option<PathBuf>,
+    /// Measures what the targets speak of, and compares.
+    pub(crate) targets: bool,
 }
 
 impl Options {
@@ -57,6 +61,7 @@ impl Options {
             pin: true,
             json: None,
             svg: None,
+            targets: false,
         };
         let mut arguments = arguments.iter();
         while let Some(name) = arguments.next() {
@@ -83,6 +88,11 @@ impl Options {
                 "--float" => options.pin = false,
                 "--json" => options.json = Some(value()?.into()),
                 "--svg" => options.svg = Some(value()?.into()),
+                "--targets" => {
+                    options.targets = true;
+                    options.worlds = vec![2, 4];
+                    options.models = MODELS.to_vec();
+                }
                 "--quick" => {
                     options.sizes = vec![4, 64 << 10, 1 << 20];
                     options.rounds = 2;
@@ -97,7 +107,11 @@ impl Options {
         Ok(options)
     }
 
-    pub(crate) fn cases(&self) -> Vec<Case> {
+    /// What to measure with so many ranks.
+    pub(crate) fn cases(&self, world: usize) -> Vec<Case> {
+        if self.targets {
+            return targets::cases(world);
+        }
         let mut cases = Vec::new();
         for &collective in &self.collectives {
             for &kind in &self.kinds {

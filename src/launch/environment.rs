@@ -111,7 +111,7 @@ pub(crate) fn is_child_of(launcher: u32) -> bool {
     if launcher.is_some() && getppid() == launcher {
         return true;
     }
-    if !launcher.is_some_and(|launcher| test_kill_process(launcher).is_ok()) {
+    if launcher.is_none_or(|launcher| test_kill_process(launcher).is_err()) {
         std::process::exit(1);
     }
     false

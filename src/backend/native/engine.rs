@@ -19,7 +19,7 @@ use super::diagnosis::Diagnosis;
 use super::ledger::Ledger;
 use super::progress::{self, Task, Turn};
 use super::stamp;
-use super::transport::{Progress, Run, Stamp, Transport, Watch};
+use super::transport::{Deadline, FAR, Progress, Run, Stamp, Transport, Watch};
 use crate::backend::{Call, Completion, Receipt, Transfer};
 use crate::{Error, Result};
 
@@ -110,7 +110,7 @@ struct Reprieve {
 
 /// A deadline so far away that nobody waits for it.
 fn far(from: Instant) -> Instant {
-    from + Duration::from_secs(60 * 60 * 24 * 365)
+    from + FAR
 }
 
 /// How long a call may go on without a peer that is gone.
@@ -219,16 +219,15 @@ impl Engine {
             drop(queue);
             return Err(self.refusal().unwrap_or(Error::Aborted));
         }
-        let entered = Instant::now();
         let stamp = self.number(&mut queue, &call);
         if !queue.taken && queue.pending.is_empty() {
             queue.taken = true;
             drop(queue);
             let _turn = TurnGuard(self);
-            return self.run_here(call, stamp, entered);
+            return self.run_here(call, stamp);
         }
         let (done, ticket) = Completion::new(None);
-        queue.pending.push_back(Pending { call: call.into_owned(), stamp, entered, done });
+        queue.pending.push_back(Pending { call: call.into_owned(), stamp, entered: Instant::now(), done });
         drop(queue);
         self.enlist();
         ticket.wait_until(None).unwrap_or(Err(Error::Aborted)).map(|_| ())
@@ -252,16 +251,16 @@ impl Engine {
         self.enlist();
     }
 
-    fn run_here(&self, call: Call<'_>, stamp: Stamp, entered: Instant) -> Result<()> {
-        let deadline = entered.checked_add(call.timeout).unwrap_or_else(|| far(entered));
-        let result = self.drive_here(call, stamp, deadline);
+    fn run_here(&self, call: Call<'_>, stamp: Stamp) -> Result<()> {
+        let deadline = Deadline::after(call.timeout);
+        let result = self.drive_here(call, stamp, &deadline);
         match result {
             Ok(()) => {
                 self.ledger.complete(stamp.seq);
                 Ok(())
             }
             Err(error) => {
-                let mut diagnosis = Diagnosis::new(self, error, stamp, entered);
+                let mut diagnosis = Diagnosis::new(self, error, stamp, deadline.begun());
                 loop {
                     if let Some(error) = diagnosis.advance(self) {
                         self.told.store(true, Ordering::SeqCst);
@@ -273,7 +272,7 @@ impl Engine {
         }
     }
 
-    fn drive_here(&self, call: Call<'_>, stamp: Stamp, deadline: Instant) -> Result<()> {
+    fn drive_here(&self, call: Call<'_>, stamp: Stamp, deadline: &Deadline) -> Result<()> {
         if self.flag(ABSENT)
             && let Some(error) = self.absent(stamp.seq)
         {
@@ -281,6 +280,7 @@ impl Engine {
         }
         let Some(call) = self.transport.run_inline(call, stamp, deadline)? else { return Ok(()) };
         let mut run = self.transport.start(call, stamp)?;
+        let deadline = deadline.at();
         let mut idle = 0;
         loop {
             match run.advance()? {

@@ -4,9 +4,10 @@
 //! thread that made a blocking call or by the progress engine. The engine numbers calls, keeps them
 //! in order, watches deadlines and failures; a transport only moves.
 
+use std::cell::OnceCell;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rustix::event::PollFlags;
 use tch::{Kind, Tensor};
@@ -22,6 +23,35 @@ pub(crate) struct Stamp {
     /// Operation, kind, count, root and reduce op, packed so that a mismatch can be told in words.
     pub(crate) fingerprint: u128,
 }
+
+/// When a blocking call has to have ended. Time begins when somebody first asks: a call that is over before it
+/// has to wait never looks at the clock, which would cost it as much as all else that it does in front of the
+/// transport.
+#[derive(Debug)]
+pub(crate) struct Deadline {
+    timeout: Duration,
+    begun: OnceCell<Instant>,
+}
+
+impl Deadline {
+    pub(crate) fn after(timeout: Duration) -> Self {
+        Self { timeout, begun: OnceCell::new() }
+    }
+
+    /// When the call began, as far as anybody asked.
+    pub(crate) fn begun(&self) -> Instant {
+        *self.begun.get_or_init(Instant::now)
+    }
+
+    /// When it has to have ended; in the far future for a timeout that no clock can show.
+    pub(crate) fn at(&self) -> Instant {
+        let begun = self.begun();
+        begun.checked_add(self.timeout).unwrap_or(begun + FAR)
+    }
+}
+
+/// So far away that nobody waits for it.
+pub(crate) const FAR: Duration = Duration::from_secs(60 * 60 * 24 * 365);
 
 /// What one step of a run did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,7 +81,12 @@ pub(crate) trait Transport: Send + Sync {
 
     /// Runs a whole collective at once where that is possible without a state machine (the shared
     /// memory fast path for small messages); gives the call back where it is not.
-    fn run_inline<'a>(&self, call: Call<'a>, _stamp: Stamp, _deadline: Instant) -> Result<Option<Call<'a>>> {
+    fn run_inline<'a>(
+        &self,
+        call: Call<'a>,
+        _stamp: Stamp,
+        _deadline: &Deadline,
+    ) -> Result<Option<Call<'a>>> {
         Ok(Some(call))
     }
 

@@ -1,8 +1,10 @@
 //! Combining operands: one pass over n inputs, for every kind and op.
 //!
 //! [`element`] holds the loop and what it does to elements, [`halves`] the way of 16-bit floats to f32 and
-//! back, [`select`] the table from op and kind to a loop compiled for this processor.
+//! back, [`select`] the table from op and kind to a loop compiled for this processor, [`mod@copy`] the way around the
+//! caches for what they cannot hold.
 
+mod copy;
 mod element;
 mod halves;
 mod select;
@@ -11,6 +13,7 @@ mod tests;
 
 use tch::Kind;
 
+pub(crate) use self::copy::{PAST_CACHE, copy_past_cache};
 use self::select::{Choice, Isa};
 use crate::ReduceOp;
 

@@ -13,6 +13,7 @@ use super::Inner;
 use super::protocol::{STEP_BITS, Word, mark, steps_of};
 use super::segment::MAIL_DEPTH;
 use crate::backend::native::bulk::Bulk;
+use crate::backend::native::kernels::{PAST_CACHE, copy_past_cache};
 
 /// A shorter message goes through the socket as fast.
 const SHORTEST: usize = 16 << 10;
@@ -21,8 +22,17 @@ pub(super) struct Mail {
     inner: Arc<Inner>,
     /// What this rank sends.
     sending: Mutex<Sending>,
-    /// How many chunks have been taken of the last stream of each rank, and which that was.
-    taking: Mutex<Vec<(u64, u64)>>,
+    /// The last stream of each other rank.
+    taking: Mutex<Vec<Taking>>,
+}
+
+/// A stream from another rank.
+#[derive(Clone, Copy, Default)]
+struct Taking {
+    stream: u64,
+    chunks: u64,
+    /// Whether it is more than caches hold.
+    past_cache: bool,
 }
 
 /// The last stream of this rank.
@@ -35,7 +45,7 @@ struct Sending {
 
 impl Mail {
     pub(super) fn new(inner: Arc<Inner>) -> Self {
-        let taking = Mutex::new(vec![(0, 0); inner.ranks()]);
+        let taking = Mutex::new(vec![Taking::default(); inner.ranks()]);
         Self { inner, sending: Mutex::default(), taking }
     }
 
@@ -78,20 +88,26 @@ impl Bulk for Mail {
 
     unsafe fn take(&self, from: usize, stream: u64, data: *mut u8, len: usize) -> usize {
         let mut taking = self.taking.lock();
+        let taking = &mut taking[from];
         let segment = &self.inner.segment;
-        if taking[from].0 != stream {
-            taking[from] = (stream, 0);
+        if taking.stream != stream {
+            *taking = Taking { stream, chunks: 0, past_cache: len >= PAST_CACHE };
         }
-        let chunks = taking[from].1;
-        if steps_of(segment.put(from).read(), stream) <= chunks {
+        if steps_of(segment.put(from).read(), stream) <= taking.chunks {
             return 0;
         }
         let bytes = len.min(segment.layout.chunk);
+        let slot = segment.mail(from, taking.chunks);
         // SAFETY: the caller's promise; the slot was filled before the word that was read, and not again until the
         // word below says that it was taken.
-        unsafe { data.copy_from_nonoverlapping(segment.mail(from, chunks), bytes) };
-        taking[from].1 += 1;
-        segment.taken(self.inner.rank, from).publish(mark(stream, chunks + 1));
+        unsafe {
+            match taking.past_cache {
+                true => copy_past_cache(slot, data, bytes),
+                false => data.copy_from_nonoverlapping(slot, bytes),
+            }
+        }
+        taking.chunks += 1;
+        segment.taken(self.inner.rank, from).publish(mark(stream, taking.chunks));
         bytes
     }
 }

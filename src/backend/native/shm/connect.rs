@@ -16,8 +16,8 @@ use crate::{Error, Result};
 
 /// The most staging memory of a process, over all its groups.
 const BUDGET: usize = 32 << 20;
-/// The largest chunk: two of them, and what they are combined with, stay in a second-level cache.
-const CHUNK: usize = 256 << 10;
+/// The chunk: a few of them, and what they are combined with, stay in a second-level cache.
+const CHUNK: usize = 128 << 10;
 /// The smallest.
 const CHUNK_LEAST: usize = 4 << 10;
 /// The largest that can be asked for.

@@ -5,6 +5,7 @@ use std::ops::Range;
 use smallvec::SmallVec;
 
 use crate::backend::Buffer;
+use crate::backend::native::kernels::copy_past_cache;
 
 /// A list of buffers that stands for their concatenation.
 #[derive(Debug)]
@@ -77,14 +78,19 @@ impl List {
         }
     }
 
-    /// Copies a range in.
+    /// Copies a range in; past the caches if that is better.
     ///
     /// # Safety
     /// `src` is readable for the range; the buffers are alive and may be written.
-    pub(super) unsafe fn write(&self, range: Range<usize>, src: *const u8) {
+    pub(super) unsafe fn write(&self, range: Range<usize>, src: *const u8, past_cache: bool) {
         for (data, at, bytes) in self.runs(range) {
             // SAFETY: the caller's promise.
-            unsafe { data.copy_from_nonoverlapping(src.add(at), bytes) };
+            unsafe {
+                match past_cache {
+                    true => copy_past_cache(src.add(at), data, bytes),
+                    false => data.copy_from_nonoverlapping(src.add(at), bytes),
+                }
+            }
         }
     }
 }
@@ -143,7 +149,7 @@ mod tests {
         assert_eq!((a.bytes(), b.bytes()), (16, 16));
         let source: Vec<u8> = (0..16).collect();
         // SAFETY: 16 bytes each.
-        unsafe { a.write(0..16, source.as_ptr()) };
+        unsafe { a.write(0..16, source.as_ptr(), false) };
         for (from, to, _, bytes) in common_runs((&a, 1..15), (&b, 1..15)) {
             // SAFETY: both are runs of that many bytes.
             unsafe { to.copy_from_nonoverlapping(from, bytes) };

@@ -12,7 +12,7 @@ use super::lists::{List, common_runs, segment_bytes};
 use super::protocol::{STEP_BITS, Word, mark, steps_of, tell};
 use super::segment::{DEPTH, Header, SMALL};
 use super::stages::{Fill, Stages, Stream};
-use crate::backend::native::kernels::{Operand, Reducer};
+use crate::backend::native::kernels::{Operand, PAST_CACHE, Reducer};
 use crate::backend::native::stamp::words;
 use crate::backend::native::transport::{Progress, Stamp};
 use crate::backend::{Call, Op, Segment};
@@ -87,6 +87,11 @@ impl<'a> Machine<'a> {
     /// Whether the call has come to its end.
     pub(super) fn ended(&self) -> bool {
         matches!(self.phase, Phase::Ended)
+    }
+
+    /// The call is given up.
+    pub(super) fn withdraw(&self, inner: &Inner) {
+        inner.segment.withdraw(inner.rank, self.round);
     }
 
     /// The ranks that have not begun this call.
@@ -171,7 +176,8 @@ impl<'a> Machine<'a> {
             let stages = Stages::new(&self.call, rank, ranks, segment.layout.chunk);
             steps = stages.steps;
             self.stages = Some(Box::new(stages));
-            self.direct = direct::announce(segment, rank, self.round, sources);
+            let lent = if lends(self.call.op, self.bytes, ranks) { sources } else { &[] };
+            self.direct = direct::announce(segment, rank, self.round, lent);
         }
         if by_rank(self.call.op) {
             let sizes = segment.sizes(rank, self.round);
@@ -275,7 +281,7 @@ impl<'a> Machine<'a> {
         // be what the output expects; they stay until this rank's next call.
         let place = |output: &Segment<'_>, from: usize, at: usize| unsafe {
             let list = List::new(output);
-            list.write(whole(&list), payload(from, at));
+            list.write(whole(&list), payload(from, at), false);
         };
         // The buffers are this rank's own; they may coincide, where a tensor is its own output.
         let local = |input: &Segment<'_>, output: &Segment<'_>| {
@@ -378,7 +384,7 @@ impl<'a> Machine<'a> {
         let moved = view.gather() || view.reduce(self.reducer.as_ref()) || view.fill();
         if view.position.done.iter().all(|&d| d == view.position.steps) && view.let_go() {
             // What was read in place was what its owner lent, unless it had given up by now.
-            return match view.position.direct.sources().any(|r| inner.segment.withdrawn(r)) {
+            return match view.position.direct.sources().any(|r| inner.segment.withdrawn(r, self.round)) {
                 true => Err(Error::Aborted),
                 false => Ok(Progress::Done),
             };
@@ -531,7 +537,7 @@ impl View<'_> {
                 let list = &self.stages.lists[stream.list];
                 // SAFETY: the slot was filled for this step and is not filled again before this rank
                 // says that it has gathered, and a chunk fits; or the tensor is lent until then.
-                unsafe { list.write(chunk, from) };
+                unsafe { list.write(chunk, from, self.stages.past_cache) };
                 moved = true;
             }
             self.position.sources += 1;
@@ -550,6 +556,17 @@ fn contribution<'c, 'a>(call: &'c Call<'a>, rank: usize) -> &'c [Segment<'a>] {
         Op::Broadcast { .. } => &[],
         _ => &call.inputs,
     }
+}
+
+/// Whether it is worth while that others read a tensor in place. Where only one rank reads, and from memory, not from
+/// a cache, two cores do better: one fills slots, the other empties them.
+fn lends(op: Op, bytes: usize, ranks: usize) -> bool {
+    let one_reads = match op {
+        Op::Gather { .. } => true,
+        Op::Broadcast { .. } | Op::Scatter { .. } => ranks == 2,
+        _ => false,
+    };
+    !one_reads || bytes < PAST_CACHE / 2
 }
 
 /// Whether a rank contributes something else for each rank.

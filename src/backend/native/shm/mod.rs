@@ -36,7 +36,7 @@ use self::segment::Segment;
 use self::site::Atlas;
 use self::wait::{Next, Wait};
 use super::bulk::Bulk;
-use super::transport::{Progress, Run, Stamp, Transport, Watch};
+use super::transport::{Deadline, Progress, Run, Stamp, Transport, Watch};
 use crate::backend::Call;
 use crate::libtorch::tensor_over;
 use crate::{Error, Result};
@@ -136,7 +136,7 @@ impl Inner {
 
     /// Runs a call to its end on this thread.
     #[inline(always)]
-    fn drive(&self, machine: &mut Machine<'_>, deadline: Instant) -> Result<()> {
+    fn drive(&self, machine: &mut Machine<'_>, deadline: &Deadline) -> Result<()> {
         let mut wait = Wait::new(self);
         let mut armed = false;
         loop {
@@ -150,7 +150,8 @@ impl Inner {
                     armed = false;
                 }
                 Progress::Idle => {
-                    let next = if armed { Wait::sleep(self, deadline) } else { wait.idle(self, deadline)? };
+                    let next =
+                        if armed { Wait::sleep(self, deadline.at()) } else { wait.idle(self, deadline)? };
                     armed = next == Next::LookThenSleep;
                     if next == Next::Late {
                         return Err(machine.timed_out(self));
@@ -168,10 +169,11 @@ impl Transport for SharedMemory {
         Ok(Box::new(SharedRun { inner: self.inner.clone(), machine }))
     }
 
-    fn run_inline<'a>(&self, call: Call<'a>, stamp: Stamp, deadline: Instant) -> Result<Option<Call<'a>>> {
+    fn run_inline<'a>(&self, call: Call<'a>, stamp: Stamp, deadline: &Deadline) -> Result<Option<Call<'a>>> {
         let inner = &*self.inner;
         let mut machine = inner.begin(call, stamp)?;
-        inner.drive(&mut machine, deadline).inspect_err(|_| inner.segment.withdraw(inner.rank))?;
+        let ended = inner.drive(&mut machine, deadline);
+        ended.inspect_err(|_| machine.withdraw(inner))?;
         Ok(None)
     }
 
@@ -235,7 +237,7 @@ impl Run for SharedRun<'_> {
 impl Drop for SharedRun<'_> {
     fn drop(&mut self) {
         if !self.machine.ended() {
-            self.inner.segment.withdraw(self.inner.rank);
+            self.machine.withdraw(&self.inner);
         }
         self.inner.runs.fetch_sub(1, Ordering::AcqRel);
     }

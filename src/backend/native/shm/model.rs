@@ -82,13 +82,13 @@ impl Bell for &Futex {
     }
 }
 
-impl Notice for AtomicU32 {
-    fn look(&self) -> bool {
-        self.load(Ordering::Relaxed) != 0
+impl Notice for AtomicU64 {
+    fn look(&self) -> u64 {
+        self.load(Ordering::Relaxed)
     }
 
-    fn raise(&self) {
-        self.store(1, Ordering::Relaxed);
+    fn raise(&self, round: u64) {
+        self.store(round, Ordering::Relaxed);
     }
 
     fn fence(ordering: Ordering) {
@@ -205,14 +205,14 @@ fn slots_are_filled_again_only_when_they_have_been_read() {
 fn what_is_written_to_a_lent_tensor_after_its_owner_gave_up_is_never_taken_for_what_was_lent() {
     check(|| {
         // A word of the tensor, in which the lent value is 1, and the notice.
-        let lent = Arc::new((AtomicU64::new(1), AtomicU32::new(0)));
+        let lent = Arc::new((AtomicU64::new(1), AtomicU64::new(0)));
         let owner = lent.clone();
         let thread = thread::spawn(move || {
-            retract(&owner.1);
+            retract(&owner.1, 5);
             owner.0.store(2, Ordering::Relaxed);
         });
         let got = lent.0.load(Ordering::Relaxed);
-        if !retracted(&lent.1) {
+        if !retracted(&lent.1, 5) {
             assert_eq!(got, 1);
         }
         thread.join().unwrap();

@@ -92,24 +92,29 @@ pub(super) fn doze<B: Bell>(bell: &B, nanos: u64) {
     }
 }
 
-/// A word that says, once, that its rank has given up.
+/// A word that says in which round its rank has given up; 0 where it has not.
 pub(super) trait Notice {
     /// Reads, in no order with anything else.
-    fn look(&self) -> bool;
+    fn look(&self) -> u64;
     /// Writes, in no order with anything else.
-    fn raise(&self);
+    fn raise(&self, round: u64);
     /// A fence.
     fn fence(ordering: Ordering);
 }
 
-/// Gives up: who reads what is written to this rank's tensors after this finds the notice.
-pub(super) fn retract<N: Notice>(notice: &N) {
-    notice.raise();
+/// Gives up in a round: who reads what is written to this rank's tensors after this finds the notice. The first
+/// round counts.
+pub(super) fn retract<N: Notice>(notice: &N, round: u64) {
+    let before = notice.look();
+    if before == 0 || round < before {
+        notice.raise(round);
+    }
     N::fence(Ordering::Release);
 }
 
-/// Whether a rank had given up before the last thing that was read of its tensors was read.
-pub(super) fn retracted<N: Notice>(notice: &N) -> bool {
+/// Whether a rank had given up, in this round or before it, when the last thing that was read of its tensors was
+/// read.
+pub(super) fn retracted<N: Notice>(notice: &N, round: u64) -> bool {
     N::fence(Ordering::Acquire);
-    notice.look()
+    (1..=round).contains(&notice.look())
 }

@@ -7,7 +7,7 @@
 //! | 0 | progress: three words, steps filled, reduced and gathered; then chunks of messages put |
 //! | 64 | in the first rank's area: a number that says whose segment this is |
 //! | 128 | bell |
-//! | 192 | withdrawn: not 0 when the rank has given up, and its tensors may change under those who read them |
+//! | 192 | withdrawn: the round in which the rank gave up: its tensors may change under those who still read them; else 0 |
 //! | 256 | sizes, twice: the bytes for each rank, 8 each |
 //! | then | chunks taken of each rank's messages, 8 each |
 //! | then | header, twice: a line of [`Header`] whose end and what follows is the payload of a small message, or says where a large one can be read in place ([`Site`], then an offset for each segment, 8 each) |
@@ -27,9 +27,9 @@ use super::protocol::{Notice, Word, retract, retracted};
 use super::site::Site;
 
 /// How many chunks of a stream may be under way.
-pub(super) const DEPTH: usize = 2;
+pub(super) const DEPTH: usize = 4;
 /// How many chunks of a message from one rank to another may be under way.
-pub(super) const MAIL_DEPTH: usize = 4;
+pub(super) const MAIL_DEPTH: usize = 8;
 /// The largest payload that goes with its header.
 pub(super) const SMALL: usize = 8 << 10;
 /// Where the payload begins within a header.
@@ -92,13 +92,13 @@ impl Layout {
     }
 }
 
-impl Notice for AtomicU32 {
-    fn look(&self) -> bool {
-        self.load(Ordering::Relaxed) != 0
+impl Notice for AtomicU64 {
+    fn look(&self) -> u64 {
+        self.load(Ordering::Relaxed)
     }
 
-    fn raise(&self) {
-        self.store(1, Ordering::Relaxed);
+    fn raise(&self, round: u64) {
+        self.store(round, Ordering::Relaxed);
     }
 
     fn fence(ordering: Ordering) {
@@ -201,17 +201,18 @@ impl Segment {
         unsafe { &*self.at(rank, BELL).cast() }
     }
 
-    /// Says that what this rank's calls lent to others is not theirs to read any more.
-    pub(super) fn withdraw(&self, rank: usize) {
-        retract(self.withdrawn_word(rank));
+    /// Says that what this rank's call of a round lent to others is not theirs to read any more.
+    pub(super) fn withdraw(&self, rank: usize, round: u64) {
+        retract(self.withdrawn_word(rank), round);
     }
 
-    /// Whether a rank has withdrawn: if not, all that was read of its tensors until now was what it lent.
-    pub(super) fn withdrawn(&self, rank: usize) -> bool {
-        retracted(self.withdrawn_word(rank))
+    /// Whether a rank has withdrawn in this round or before: if not, all that was read of its tensors until now was
+    /// what it lent.
+    pub(super) fn withdrawn(&self, rank: usize, round: u64) -> bool {
+        retracted(self.withdrawn_word(rank), round)
     }
 
-    fn withdrawn_word(&self, rank: usize) -> &AtomicU32 {
+    fn withdrawn_word(&self, rank: usize) -> &AtomicU64 {
         // SAFETY: as in `progress`.
         unsafe { &*self.at(rank, WITHDRAWN).cast() }
     }

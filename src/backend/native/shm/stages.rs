@@ -5,6 +5,7 @@ use std::ops::Range;
 use smallvec::{SmallVec, smallvec};
 
 use super::lists::List;
+use crate::backend::native::kernels::PAST_CACHE;
 use crate::backend::{Call, Op};
 
 /// A range of bytes of one of the lists.
@@ -69,6 +70,8 @@ pub(super) struct Stages {
     /// Whether what is gathered of a rank whose data can be read in place is there as well, not in a slot, in a
     /// call of more than so many steps.
     pub(super) in_place: Option<usize>,
+    /// Whether what is gathered goes past the caches: it is more than they hold, and was not touched before.
+    pub(super) past_cache: bool,
     /// How many steps its streams take, at least one: a root may have a lot for itself alone.
     pub(super) steps: usize,
 }
@@ -90,7 +93,7 @@ impl Readers {
 }
 
 /// Up to how many steps results go through slots, wherever the data lies.
-const SHORT: usize = 2;
+const SHORT: usize = 4;
 
 /// The share of one rank: equal parts, cut at cache lines.
 fn share(bytes: usize, rank: usize, ranks: usize) -> Range<usize> {
@@ -116,6 +119,7 @@ impl Stages {
                 Op::AllReduce(_) => Some(SHORT),
                 _ => Some(0),
             },
+            past_cache: !matches!(call.op, Op::AllReduce(_)) && call.own_bytes() >= PAST_CACHE,
             steps: 0,
         };
         let lists = &mut stages.lists;

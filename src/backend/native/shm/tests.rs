@@ -11,7 +11,7 @@ use super::segment::{Layout, Segment};
 use super::{Inner, SharedMemory};
 use crate::backend::native::meet::Meeting;
 use crate::backend::native::stamp::fingerprint;
-use crate::backend::native::transport::{Progress, Stamp, Transport};
+use crate::backend::native::transport::{Deadline, Progress, Stamp, Transport};
 use crate::backend::{BackendContext, Buffer, Call, Op};
 use crate::store::HashStore;
 use crate::{Error, ReduceOp, Result};
@@ -137,7 +137,7 @@ fn call(op: Op, kind: Kind, inputs: &[Tensor], outputs: &[Tensor], salt: usize) 
 fn run(rank: &SharedMemory, call: Call<'static>, seq: u64, driven: bool) -> Result<()> {
     let stamp = Stamp { seq, fingerprint: fingerprint(&call) };
     if !driven {
-        assert!(rank.run_inline(call, stamp, soon())?.is_none());
+        assert!(rank.run_inline(call, stamp, &Deadline::after(Duration::from_secs(20)))?.is_none());
         return Ok(());
     }
     let mut run = rank.start(call, stamp)?;
@@ -287,7 +287,7 @@ fn a_rank_that_does_not_come_is_missed_by_name() {
         let call = call(Op::Barrier, Kind::Float, &[], &[], 0);
         let stamp = Stamp { seq: 9, fingerprint: fingerprint(&call) };
         assert!(me < 2);
-        rank.run_inline(call, stamp, Instant::now() + Duration::from_millis(60)).unwrap_err()
+        rank.run_inline(call, stamp, &Deadline::after(Duration::from_millis(60))).unwrap_err()
     });
     for error in results {
         let Error::Timeout { seq: 9, missing, .. } = &error else { panic!("{error}") };

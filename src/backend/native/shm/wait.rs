@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use super::Inner;
 use super::protocol::{arm, doze};
+use crate::backend::native::transport::Deadline;
 use crate::{Error, Result};
 
 /// How often to look again at once, at most, with a core for each rank: about 50 µs.
@@ -65,7 +66,7 @@ impl Wait {
 
     /// Nothing moved.
     #[inline(always)]
-    pub(super) fn idle(&mut self, inner: &Inner, deadline: Instant) -> Result<Next> {
+    pub(super) fn idle(&mut self, inner: &Inner, deadline: &Deadline) -> Result<Next> {
         self.tries += 1;
         if self.tries < self.spins && !self.tries.is_multiple_of(SAMPLE) {
             std::hint::spin_loop();
@@ -75,7 +76,7 @@ impl Wait {
     }
 
     #[cold]
-    fn idle_for_long(&mut self, inner: &Inner, deadline: Instant) -> Result<Next> {
+    fn idle_for_long(&mut self, inner: &Inner, deadline: &Deadline) -> Result<Next> {
         if inner.failed() {
             return Err(Error::Aborted);
         }
@@ -86,7 +87,7 @@ impl Wait {
         if self.tries >= self.spins {
             std::thread::yield_now();
         }
-        if self.tries.is_multiple_of(SAMPLE) && Instant::now() >= deadline {
+        if self.tries.is_multiple_of(SAMPLE) && Instant::now() >= deadline.at() {
             return Ok(Next::Late);
         }
         Ok(Next::Look)

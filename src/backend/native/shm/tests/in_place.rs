@@ -97,7 +97,7 @@ fn what_a_rank_lent_before_it_gave_up_is_not_taken_for_a_result() {
     let mut tensor = lend(0);
     let first = broadcast(&tensor);
     let stamp = Stamp { seq: 1, fingerprint: fingerprint(&first) };
-    let error = group[0].run_inline(first, stamp, Instant::now() + Duration::from_millis(30)).unwrap_err();
+    let error = group[0].run_inline(first, stamp, &Deadline::after(Duration::from_millis(30))).unwrap_err();
     assert!(matches!(error, Error::Timeout { .. }), "{error}");
     let _ = tensor.fill_(7.0);
     // Rank 1 comes late: all that it needs is there, but it is not what was lent.
@@ -113,9 +113,23 @@ fn a_driven_call_that_is_given_up_takes_its_tensor_back() {
     let stamp = Stamp { seq: 1, fingerprint: fingerprint(&call) };
     let mut run = group[0].start(call, stamp).unwrap();
     assert_eq!(run.advance().unwrap(), Progress::Idle);
-    assert!(!group[1].inner.segment.withdrawn(0));
+    assert!(!group[1].inner.segment.withdrawn(0, 1));
     drop(run);
-    assert!(group[1].inner.segment.withdrawn(0));
+    assert!(group[1].inner.segment.withdrawn(0, 1));
+}
+
+#[test]
+fn who_gives_up_a_call_takes_back_nothing_that_an_earlier_one_lent() {
+    let group = group(2, 4096);
+    let segment = &group[1].inner.segment;
+    segment.withdraw(0, 7);
+    assert!(!segment.withdrawn(0, 6));
+    assert!(segment.withdrawn(0, 7) && segment.withdrawn(0, 8));
+    // A later one that is given up as well changes nothing; an earlier one does.
+    segment.withdraw(0, 9);
+    assert!(segment.withdrawn(0, 7));
+    segment.withdraw(0, 3);
+    assert!(segment.withdrawn(0, 3) && !segment.withdrawn(0, 2));
 }
 
 #[test]

@@ -201,12 +201,19 @@ impl Generator {
     ///
     /// # Errors
     /// [`DeviceMismatch`](Error::DeviceMismatch); [`InvalidArgument`](Error::InvalidArgument) if `p` is
-    /// no probability.
+    /// no probability, or the tensor is not of a floating-point kind.
     pub fn dropout(&self, x: &Tensor, p: f64, train: bool) -> Result<Tensor> {
         if !(0.0..=1.0).contains(&p) {
             return Err(Error::invalid("p", format_args!("{p} was given; a probability is expected")));
         }
         self.check(x)?;
+        if !x.is_floating_point() {
+            let kind = x.f_kind()?;
+            return Err(Error::invalid(
+                "x",
+                format_args!("its kind is {kind:?}; a floating-point one is expected"),
+            ));
+        }
         if !train || p == 0.0 {
             return Ok(x.shallow_clone());
         }
@@ -305,6 +312,10 @@ mod tests {
             generator.dropout(&Tensor::from(1.0), 1.5, true),
             Err(Error::InvalidArgument { .. })
         ));
+        for whole in [Tensor::from_slice(&[1i64, 2]), Tensor::from_slice(&[true])] {
+            let error = generator.dropout(&whole, 0.5, true).unwrap_err();
+            assert!(matches!(error, Error::InvalidArgument { argument: "x", .. }), "{error}");
+        }
         assert!(generator.rand(&[-1], Kind::Float).is_err());
         assert!(generator.rand(&[2], Kind::Int64).is_err());
         assert!(generator.set_state(&Tensor::from(1.0)).is_err());

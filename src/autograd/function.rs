@@ -38,7 +38,7 @@ impl Context {
 /// it lives in the graph and dies with it.
 ///
 /// If `backward` is made of differentiable operations, gradients of gradients work (with
-/// [`tch::Tensor::run_backward`] and `create_graph`); otherwise they stop there.
+/// [`BackwardOptions::create_graph`](super::BackwardOptions::create_graph)); otherwise they stop there.
 ///
 /// ```
 /// use tch::{Kind, Tensor};

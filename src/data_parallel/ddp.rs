@@ -13,6 +13,7 @@ use super::layout::{Member, Role, layout};
 use super::reducer::Reducer;
 use super::verify::verify;
 use crate::autograd::HookHandle;
+use crate::libtorch;
 use crate::process_group::ProcessGroup;
 use crate::{Error, Result};
 
@@ -31,7 +32,12 @@ use crate::{Error, Result};
 /// fails, or where the loss depends on no parameter at all, so that the other ranks do not wait. Plain
 /// `loss.backward()` exchanges gradients as well. It panics on any failure (`f_backward` does not), and it
 /// cannot know of a step in which no gradient arrives on this rank: then the other ranks wait until the
-/// group's timeout.
+/// group's timeout. Nor does it know the end of a backward within which others run (activations computed
+/// again do so): use [`backward`](Self::backward) there, with
+/// [`static_graph`](DdpOptions::static_graph) where a parameter's gradient arrives in several parts.
+///
+/// What keeps a rank from sending its gradients (memory is short, a [communication hook](CommHook) fails)
+/// ends the group: this rank gets that error, the others one that names this rank and the cause.
 ///
 /// # What a step costs
 /// Each bucket is one operation on the list of its gradients, without a copy. One more element in the last
@@ -42,7 +48,9 @@ use crate::{Error, Result};
 /// # What is different from PyTorch
 /// * A parameter without a gradient is an error at the end of that backward, not at the next forward.
 /// * Several forwards may precede their backwards; each backward is averaged.
-/// * A backward is exchanged unless its forward, or itself, was inside [`no_sync`](Self::no_sync).
+/// * A backward is exchanged unless it runs inside [`no_sync`](Self::no_sync), or the last forward in training
+///   before it did. (PyTorch asks the last forward alone.) So do not run one forward inside and another
+///   outside, and then both backwards.
 /// * Gradients of gradients (`create_graph`) are not averaged, as in PyTorch; sparse gradients are refused.
 ///
 /// Algorithm: Li et al., *PyTorch Distributed: Experiences on Accelerating Data Parallel Training* (VLDB 2020).
@@ -57,7 +65,7 @@ pub struct DistributedDataParallel<M> {
     buffers: Vec<Tensor>,
     frozen: Vec<(String, Tensor)>,
     broadcast_buffers: bool,
-    /// Whether the next forward begins with the buffers: not after one that did not train.
+    /// Whether the next forward in training begins with the buffers: not within an accumulation.
     buffers_due: AtomicBool,
 }
 
@@ -84,8 +92,9 @@ impl<M> DistributedDataParallel<M> {
     /// are broadcast but not averaged. Everything else in `vs` is a buffer.
     ///
     /// # Errors
-    /// The same on every rank: `ShapeMismatch`, `KindMismatch` or `InvalidArgument` that names the first
-    /// tensor in which a rank differs from rank 0; `InvalidArgument` when there is nothing to train or
+    /// The same on every rank: `ShapeMismatch`, `KindMismatch`, `DeviceMismatch` (each rank may have its own
+    /// GPU, but of the same type) or `InvalidArgument` that names the first tensor in which a rank differs from
+    /// rank 0; `InvalidArgument` when there is nothing to train, a bucket's size is negative or no number, or
     /// options differ.
     pub fn new(module: M, vs: &nn::VarStore, group: &ProcessGroup, options: DdpOptions) -> Result<Self> {
         let (members, reducer) = prepare(vs, group, &options)?;
@@ -106,24 +115,26 @@ impl<M> DistributedDataParallel<M> {
 
     /// Runs the model in any way: several inputs, several outputs, parts of it.
     ///
-    /// A forward in training first gives every rank rank 0's buffers, when there are any: then every rank
-    /// must call it. To run the model on one rank alone use [`module`](Self::module).
+    /// A forward in training, which is one that records a graph, first gives every rank rank 0's buffers,
+    /// when there are any: then every rank must call it. While gradients are accumulated in
+    /// [`no_sync`](Self::no_sync), only the first forward of a step does. To run the model on one rank alone
+    /// do so under `tch::no_grad`, or use [`module`](Self::module).
     ///
     /// # Errors
     /// Those of the exchange of buffers; `InvalidArgument` when a parameter was frozen when this was made and
-    /// is not any more.
+    /// is not any more, and inside a backward.
     pub fn forward_with<T>(&self, run: impl FnOnce(&M) -> T) -> Result<T> {
         self.before_forward()?;
         Ok(run(&self.module))
     }
 
     /// Runs backward from `loss` and leaves in every parameter the average of all ranks' gradients. Inside
-    /// [`no_sync`](Self::no_sync), or after a forward inside it, gradients are only accumulated.
+    /// [`no_sync`](Self::no_sync), or when the last forward was inside it, gradients are only accumulated.
     ///
     /// # Errors
     /// [`UnusedParameters`](Error::UnusedParameters) when a parameter has no gradient on some rank, and
     /// `Callback` when another rank's backward failed: the group stays usable. What backward itself fails
-    /// with. Failures of the exchange, which poison the group.
+    /// with. Failures of the exchange, which poison the group. `InvalidArgument` inside another backward.
     pub fn backward(&self, loss: &Tensor) -> Result<()> {
         self.reducer.backward(loss)
     }
@@ -177,6 +188,7 @@ impl<M> DistributedDataParallel<M> {
     }
 
     fn before_forward(&self) -> Result<()> {
+        self.reducer.refuse_inside_backward("input")?;
         let thawed = |(_, tensor): &&(String, Tensor)| tensor.requires_grad();
         if let Some((name, _)) = self.frozen.iter().find(thawed) {
             return Err(Error::invalid(
@@ -188,13 +200,12 @@ impl<M> DistributedDataParallel<M> {
             ));
         }
         self.reducer.settle()?;
-        let training = self.reducer.gradients_are_recorded()?;
-        let synced = !self.reducer.is_paused();
-        if training {
-            self.reducer.note_forward(synced);
+        if !libtorch::grad_enabled() {
+            return Ok(());
         }
-        let due = self.buffers_due.swap(training && synced, Ordering::Relaxed);
-        if self.broadcast_buffers && due && synced && !self.buffers.is_empty() {
+        let synced = self.reducer.note_forward();
+        let due = self.buffers_due.swap(synced, Ordering::Relaxed);
+        if due && self.broadcast_buffers && !self.buffers.is_empty() {
             broadcast_together(&self.buffers, &self.group)?;
         }
         Ok(())

@@ -91,8 +91,11 @@ impl std::fmt::Debug for Exchange {
 /// }
 /// ```
 pub trait CommHook: Send + 'static {
-    /// Starts the exchange of one bucket and returns without waiting for it. An error here or in the
-    /// exchange is an error of backward.
+    /// Starts the exchange of one bucket and returns without waiting for it.
+    ///
+    /// An error or a panic, here or in the exchange, is an error of backward on this rank. What this rank
+    /// has sent of the bucket is then unknown, so it ends the group: the other ranks get an error that names
+    /// this rank. The model that is exchanged cannot be called from here, nor a backward run through it.
     fn start(&mut self, bucket: GradBucket, group: &ProcessGroup) -> Result<Exchange>;
 }
 
@@ -106,6 +109,7 @@ where
 }
 
 /// Gradients travel as `Half`: half the bytes of `Float`, 11 bits of precision, and nothing above 65504.
+/// Those of other kinds than `Float` and `Double` travel as they are.
 ///
 /// ```
 /// # use tch::{Device, nn};
@@ -123,7 +127,8 @@ where
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Fp16Compress;
 
-/// Gradients travel as `BFloat16`: half the bytes of `Float`, 8 bits of precision, and its range.
+/// Gradients travel as `BFloat16`: half the bytes of `Float`, 8 bits of precision, and its range. Those of
+/// other kinds than `Float` and `Double` travel as they are.
 #[doc(alias = "bf16_compress_hook")]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Bf16Compress;
@@ -140,8 +145,12 @@ impl CommHook for Bf16Compress {
     }
 }
 
-/// Averages copies of a narrower kind, and copies them back.
+/// Averages copies of a narrower kind, and copies them back. Gradients that are as narrow already go as they
+/// are, and so do complex ones, which would lose their imaginary part.
 fn compressed(bucket: GradBucket, group: &ProcessGroup, kind: Kind) -> Result<Exchange> {
+    if !bucket.gradients.iter().all(|gradient| matches!(gradient.kind(), Kind::Float | Kind::Double)) {
+        return Ok(group.all_reduce_coalesced_async(&bucket.gradients, ReduceOp::Avg)?.into());
+    }
     let narrow = |gradient: &Tensor| gradient.f_to_kind(kind);
     let copies = bucket.gradients.iter().map(narrow).collect::<Result<Vec<_>, _>>()?;
     let work = group.all_reduce_coalesced_async(&copies, ReduceOp::Avg)?;

@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 
 use tch::{Kind, Tensor, nn};
 
-use crate::{Error, Result};
+use crate::{Error, Result, libtorch};
 
 /// What a tensor of a model is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -36,7 +36,7 @@ pub(super) struct Member {
 }
 
 /// Everything in a `VarStore` but what is to be ignored: parameters in the order in which they were made,
-/// then buffers by name. (A `VarStore` keeps parameters in a list without names and names in a map
+/// then buffers by name; what has several names comes once. (A `VarStore` keeps parameters in a list without names and names in a map
 /// without order; the two are matched by the memory they share.)
 pub(super) fn layout(vs: &nn::VarStore, ignore: &[String]) -> Result<Vec<Member>> {
     let mut named: Vec<(String, Tensor)> = vs.variables().into_iter().collect();
@@ -67,7 +67,21 @@ pub(super) fn layout(vs: &nn::VarStore, ignore: &[String]) -> Result<Vec<Member>
         }
     }
     members.retain(|member| !ignore.contains(&member.name));
-    Ok(members)
+    Ok(once(members))
+}
+
+/// A tensor with several names (tied weights) is one member, by its first.
+fn once(members: Vec<Member>) -> Vec<Member> {
+    let mut kept: Vec<Member> = Vec::with_capacity(members.len());
+    let mut places: HashMap<Place, Vec<usize>> = HashMap::new();
+    for member in members {
+        let here = places.entry(place(&member.tensor)).or_default();
+        if !here.iter().any(|&index| libtorch::same(&kept[index].tensor, &member.tensor)) {
+            here.push(kept.len());
+            kept.push(member);
+        }
+    }
+    kept
 }
 
 type Place = (usize, Vec<i64>, Kind);

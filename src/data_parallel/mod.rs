@@ -24,9 +24,11 @@
 //! assert_eq!(weights[0].as_ref().unwrap(), weights[1].as_ref().unwrap());
 //! ```
 
+mod apart;
 mod buckets;
 mod buffers;
 mod ddp;
+mod exchange;
 pub mod hooks;
 mod layout;
 mod options;

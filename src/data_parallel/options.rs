@@ -33,13 +33,21 @@ impl Default for DdpOptions {
 }
 
 impl DdpOptions {
+    /// What no rank can work with, in words.
+    pub(super) fn what_is_wrong(&self) -> Option<String> {
+        let sizes = [("bucket_cap_mb", self.bucket_cap_mb), ("first_bucket_mb", self.first_bucket_mb)];
+        let (name, mb) = sizes.into_iter().find(|(_, mb)| mb.is_nan() || *mb < 0.0)?;
+        Some(format!("{name} is {mb}; a number of MiB that is not negative is expected"))
+    }
+
     /// PyTorch's defaults.
     pub fn new() -> Self {
         Self::default()
     }
 
     /// Gradients are exchanged in buckets of about this many MiB (25): a bucket is full when it holds
-    /// at least as much. Smaller buckets start earlier, larger ones cost fewer operations.
+    /// at least as much. Smaller buckets start earlier, larger ones cost fewer operations. The last bucket
+    /// starts at the end of backward.
     pub fn bucket_cap_mb(mut self, mb: impl Into<f64>) -> Self {
         self.bucket_cap_mb = mb.into();
         self

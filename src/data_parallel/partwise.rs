@@ -48,7 +48,7 @@ impl PartwiseAverage {
 
     /// The step's last backward is done: sends what is left, and waits for everything.
     pub(crate) fn end(&self) -> Result<()> {
-        let ended = self.reducer.finish(None);
+        let ended = self.reducer.finish_step();
         // What is differentiated between steps is nobody else's business.
         self.reducer.hold();
         ended

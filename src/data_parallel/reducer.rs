@@ -2,29 +2,39 @@
 //!
 //! A hook on every parameter says when its gradient is there. When a bucket has all of its own, and the
 //! buckets before it have gone, its exchange starts; backward goes on meanwhile. At the end of backward
-//! what is left is sent, everything is waited for, and the ranks learn from the flags (see
-//! [`unused`](super::unused)) whether all is well.
+//! what is left is sent, the last bucket always, everything is waited for, and the ranks learn from the
+//! flags (see [`unused`](super::unused)) whether all is well. This file follows a backward; what is sent and
+//! how it ends is in [`exchange`](super::exchange).
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, ReentrantMutex};
 use tch::{Device, Kind, Tensor};
 
 use super::DdpOptions;
+use super::apart::keep_apart;
 use super::buckets::{self, Item, Plan};
-use super::hooks::{CommHook, GradBucket};
+use super::hooks::CommHook;
 use super::layout::{Member, Role};
 use super::state::{Parameter, State};
-use super::step::{Step, Substitute};
-use super::unused::{Flags, Report, explain};
+use super::step::Step;
 use crate::autograd::{self, HookHandle};
+use crate::libtorch;
 use crate::process_group::ProcessGroup;
-use crate::{Error, ReduceOp, Result};
+use crate::{Error, Result};
 
 pub(super) struct Reducer {
-    group: ProcessGroup,
-    options: DdpOptions,
-    state: Mutex<State>,
+    pub(super) group: ProcessGroup,
+    pub(super) options: DdpOptions,
+    pub(super) state: Mutex<State>,
+    /// Held by the thread that runs a communication hook, which holds `state` too as a rule: what the hook
+    /// does to this model is refused, where it would wait for itself.
+    pub(super) hooking: ReentrantMutex<()>,
+    /// Inside `no_sync`.
+    paused: AtomicBool,
+    /// Whether the last forward that recorded a graph was outside of `no_sync`.
+    synced_forward: AtomicBool,
 }
 
 impl Reducer {
@@ -46,74 +56,89 @@ impl Reducer {
             });
         }
         let count = parameters.len();
-        let reducer = Self {
+        let mut state = State {
+            parameters,
+            plan: Plan::default(),
+            learned: false,
+            expected: vec![1; count],
+            used: vec![false; count],
+            flats: Vec::new(),
+            views: Vec::new(),
+            step: None,
+            ends_itself: false,
+            hook: None,
+        };
+        state.set_plan(&buckets::reverse_order(count), options, group)?;
+        Ok(Arc::new(Self {
             group: group.clone(),
             options: options.clone(),
-            state: Mutex::new(State {
-                parameters,
-                plan: Plan::default(),
-                learned: false,
-                expected: vec![1; count],
-                used: vec![false; count],
-                flats: Vec::new(),
-                views: Vec::new(),
-                step: None,
-                paused: false,
-                synced_forward: true,
-                ends_itself: false,
-                hook: None,
-                probe: Tensor::f_zeros([], (Kind::Float, Device::Cpu))?.f_requires_grad_(true)?,
-            }),
-        };
-        reducer.state.lock().set_plan(&buckets::reverse_order(count), options, group)?;
-        Ok(Arc::new(reducer))
+            state: Mutex::new(state),
+            hooking: ReentrantMutex::new(()),
+            paused: AtomicBool::new(false),
+            synced_forward: AtomicBool::new(true),
+        }))
     }
 
     /// Listens to every parameter, as long as the handles live.
     pub(super) fn listen(self: &Arc<Self>) -> Result<Vec<HookHandle>> {
-        let listen = |(index, parameter): (usize, &Parameter)| {
+        let mut handles = Vec::new();
+        for (index, parameter) in self.state.lock().parameters.iter().enumerate() {
+            handles.push(keep_apart(&parameter.tensor)?);
             // A strong reference would be a circle: the hook belongs to the tensor, which is ours.
             let reducer = Arc::downgrade(self);
-            autograd::on_grad_accumulated(&parameter.tensor, move |_| {
+            handles.push(autograd::on_grad_accumulated(&parameter.tensor, move |_| {
                 reducer.upgrade().map_or(Ok(()), |reducer| reducer.arrived(index))
-            })
-        };
-        self.state.lock().parameters.iter().enumerate().map(listen).collect()
-    }
-
-    /// Whether a forward now would record a graph.
-    pub(super) fn gradients_are_recorded(&self) -> Result<bool> {
-        Ok(self.state.lock().probe.f_neg()?.requires_grad())
-    }
-
-    pub(super) fn is_paused(&self) -> bool {
-        self.state.lock().paused
+            })?);
+        }
+        Ok(handles)
     }
 
     /// Turns `no_sync` on or off; gives what it was.
     pub(super) fn set_paused(&self, on: bool) -> bool {
-        std::mem::replace(&mut self.state.lock().paused, on)
+        self.paused.swap(on, Ordering::Relaxed)
     }
 
     /// The backwards from here on are parts of steps that the caller ends; none is exchanged until it says so.
     pub(super) fn hold(&self) {
-        let mut state = self.state.lock();
-        state.paused = true;
-        state.ends_itself = true;
+        self.set_paused(true);
+        self.state.lock().ends_itself = true;
     }
 
-    /// A forward that records a graph is about to run.
-    pub(super) fn note_forward(&self, synced: bool) {
-        self.state.lock().synced_forward = synced;
+    /// A forward that records a graph is about to run; gives whether it is outside of `no_sync`.
+    pub(super) fn note_forward(&self) -> bool {
+        let synced = !self.paused.load(Ordering::Relaxed);
+        self.synced_forward.store(synced, Ordering::Relaxed);
+        synced
+    }
+
+    /// Whether a backward now is exchanged.
+    fn exchanges(&self) -> bool {
+        !self.paused.load(Ordering::Relaxed) && self.synced_forward.load(Ordering::Relaxed)
     }
 
     /// Replaces the average of a bucket.
     pub(super) fn set_hook(&self, hook: Box<dyn CommHook>) -> Result<()> {
+        let under_way = || Error::invalid("hook", "a backward is under way: set the hook between steps");
+        if self.hooking.is_owned_by_current_thread() {
+            return Err(under_way());
+        }
         let mut state = self.state.lock();
         if state.step.is_some() {
-            return Err(Error::invalid("hook", "a backward is under way: set the hook between steps"));
+            return Err(under_way());
         }
         state.hook = Some(hook);
+        Ok(())
+    }
+
+    /// Steps cannot be nested: refuses a forward or backward of this model within a backward.
+    pub(super) fn refuse_inside_backward(&self, argument: &'static str) -> Result<()> {
+        if libtorch::in_backward() || self.hooking.is_owned_by_current_thread() {
+            return Err(Error::invalid(
+                argument,
+                "a DistributedDataParallel was called inside a backward (in a gradient hook, the backward of a \
+                 Function, or a communication hook): call its module, or autograd::backward, there",
+            ));
+        }
         Ok(())
     }
 
@@ -123,59 +148,55 @@ impl Reducer {
         if self.state.lock().step.is_none() {
             return Ok(());
         }
-        match self.finish(Some("the backward before this forward did not reach its end".to_owned())) {
-            Err(Error::Callback { .. } | Error::UnusedParameters { .. }) | Ok(()) => Ok(()),
-            Err(failure) => Err(failure),
-        }
+        self.finish(Some("the backward before this forward did not reach its end".to_owned())).map(drop)
     }
 
     /// Runs backward and ends the step, whatever becomes of backward.
     pub(super) fn backward(&self, loss: &Tensor) -> Result<()> {
+        self.refuse_inside_backward("loss")?;
         self.settle()?;
-        let exchanges = {
-            let mut state = self.state.lock();
-            state.ends_itself = true;
-            state.exchanges()
-        };
+        self.state.lock().ends_itself = true;
+        let exchanges = self.exchanges();
         // A loss that no parameter took part in has nothing to run; it may be so on this rank alone.
         let runs = loss.requires_grad() || !exchanges;
         let result = if runs { autograd::backward(loss) } else { Ok(()) };
         self.state.lock().ends_itself = false;
-        match result {
-            result if !exchanges => result,
-            Ok(()) => self.finish(None),
-            Err(error) if error.poisons() || matches!(error, Error::Poisoned { .. }) => {
-                self.reset();
-                Err(error)
-            }
-            Err(error) => match self.finish(Some(error.to_string())) {
-                // The others are told; this rank knows better.
-                Ok(()) | Err(Error::Callback { .. } | Error::UnusedParameters { .. }) => Err(error),
-                Err(failure) => Err(failure),
-            },
+        if !exchanges {
+            return result;
         }
+        let Err(error) = result else { return self.finish_step() };
+        // The others are told; this rank knows better, whatever else goes wrong now.
+        if let Err(later) = self.finish(Some(error.to_string())) {
+            tracing::debug!(%later, "data parallel: a step that failed could not be ended in good order");
+        }
+        Err(error)
+    }
+
+    /// The end of a backward that did not fail here.
+    pub(super) fn finish_step(&self) -> Result<()> {
+        self.finish(None)?.map_or(Ok(()), Err)
     }
 
     /// A gradient has been accumulated.
     fn arrived(self: &Arc<Self>, index: usize) -> Result<()> {
+        if self.hooking.is_owned_by_current_thread() {
+            return Err(Error::Callback {
+                reason: "a communication hook ran a backward through the model whose gradients it exchanges"
+                    .into(),
+            });
+        }
         let mut guard = self.state.lock();
         let state = &mut *guard;
         state.used[index] = true;
-        if !state.exchanges() {
+        if !self.exchanges() {
             return Ok(());
-        }
-        if state.parameters[index].tensor.grad().is_sparse() {
-            return Err(Error::Unsupported {
-                backend: "DistributedDataParallel".to_owned(),
-                what: format!("the sparse gradient of {}", state.parameters[index].name),
-            });
         }
         let mut step = match state.step.take() {
             Some(step) => step,
             None => {
                 if !state.ends_itself {
                     let this = Arc::clone(self);
-                    autograd::after_backward(move || this.finish(None))?;
+                    autograd::after_backward(move || this.finish_step())?;
                 }
                 Step::new(&state.plan, &state.expected)
             }
@@ -186,6 +207,12 @@ impl Reducer {
     }
 
     fn advance(&self, state: &mut State, step: &mut Step, index: usize) -> Result<()> {
+        if state.parameters[index].tensor.grad().is_sparse() {
+            return Err(Error::Unsupported {
+                backend: "DistributedDataParallel".to_owned(),
+                what: format!("the sparse gradient of {}", state.parameters[index].name),
+            });
+        }
         step.fired[index] += 1;
         let fired = step.fired[index];
         if self.is_learning(state) {
@@ -203,7 +230,9 @@ impl Reducer {
         };
         step.arrival.push(index);
         step.pending[bucket] -= 1;
-        while step.pending.get(step.next) == Some(&0) {
+        // Not the last one: its flags say whether this backward failed, and it may still do so.
+        let last = state.plan.buckets.len() - 1;
+        while step.next < last && step.pending[step.next] == 0 {
             self.launch(state, step, false)?;
         }
         Ok(())
@@ -230,12 +259,12 @@ impl Reducer {
     }
 
     /// Whether the ranks tell one another which parameters they used.
-    fn asks_for_use(&self, state: &State) -> bool {
+    pub(super) fn asks_for_use(&self, state: &State) -> bool {
         if self.options.static_graph { !state.learned } else { self.options.find_unused_parameters }
     }
 
     /// Parameters that should have a gradient on this rank and have none.
-    fn missing(&self, state: &State) -> Vec<usize> {
+    pub(super) fn missing(&self, state: &State) -> Vec<usize> {
         if self.asks_for_use(state) {
             return Vec::new();
         }
@@ -244,136 +273,5 @@ impl Reducer {
             planned.filter(|&index| state.expected[index] > 0 && !state.used[index]).collect();
         missing.sort_unstable();
         missing
-    }
-
-    /// Sends the next bucket, with zeros for what it lacks.
-    fn launch(&self, state: &mut State, step: &mut Step, failed: bool) -> Result<()> {
-        let index = step.next;
-        step.next += 1;
-        let is_last = step.next == state.plan.buckets.len();
-        let members = state.plan.buckets[index].clone();
-        let mut gradients = tch::no_grad(|| {
-            members.iter().map(|&member| state.contribution(step, member)).collect::<Result<Vec<_>>>()
-        })?;
-        if let Some(flat) = state.flats.get(index) {
-            gradients = vec![flat.shallow_clone()];
-        }
-        tracing::trace!(bucket = index, gradients = gradients.len(), "data parallel: bucket sent");
-        let flags = match is_last {
-            false => None,
-            true => {
-                let trouble = failed || !self.missing(state).is_empty();
-                let used = if self.asks_for_use(state) { state.used.clone() } else { Vec::new() };
-                let like = &state.parameters[members[0]].tensor;
-                Some(Flags { trouble, used }.to_tensor(like.kind(), like.device())?)
-            }
-        };
-        step.flags = flags.as_ref().map(Tensor::shallow_clone);
-        let Some(hook) = &mut state.hook else {
-            gradients.extend(flags);
-            let work = self.group.all_reduce_coalesced_async(&gradients, ReduceOp::Avg)?;
-            step.exchanges.push(work.into());
-            return Ok(());
-        };
-        let bucket = GradBucket {
-            index,
-            is_last,
-            gradients,
-            parameters: members.iter().map(|&m| state.parameters[m].tensor.shallow_clone()).collect(),
-            names: members.iter().map(|&m| state.parameters[m].name.clone()).collect(),
-        };
-        let started = hook.start(bucket, &self.group);
-        if let Some(flags) = flags {
-            step.exchanges.push(self.group.all_reduce_async(&flags, ReduceOp::Avg)?.into());
-        }
-        step.exchanges.push(started?);
-        Ok(())
-    }
-
-    /// The end of backward: sends what is left, waits for everything, and agrees with the other ranks on
-    /// how it went. `failure` says why backward failed on this rank, where it did.
-    pub(super) fn finish(&self, failure: Option<String>) -> Result<()> {
-        let result = self.conclude(failure);
-        self.reset();
-        result
-    }
-
-    pub(super) fn reset(&self) {
-        let mut state = self.state.lock();
-        state.step = None;
-        state.used.fill(false);
-    }
-
-    fn conclude(&self, failure: Option<String>) -> Result<()> {
-        let mut guard = self.state.lock();
-        let state = &mut *guard;
-        let mut step = state.step.take().unwrap_or_else(|| Step::new(&state.plan, &state.expected));
-        let mut hook_failure = None;
-        while step.next < state.plan.buckets.len() {
-            match self.launch(state, &mut step, failure.is_some()) {
-                Ok(()) => {}
-                // A hook of the user's that failed on this rank alone must not keep the others waiting.
-                Err(error @ Error::Callback { .. }) => hook_failure = Some(error),
-                Err(error) => return Err(error),
-            }
-        }
-        let missing = self.missing(state).into_iter().map(|m| state.parameters[m].name.clone()).collect();
-        // Waiting is done without the lock.
-        drop(guard);
-        for exchange in std::mem::take(&mut step.exchanges) {
-            exchange.finish()?;
-        }
-        let flags = Flags::from_tensor(step.flags.as_ref().unwrap_or(&Tensor::from_slice(&[1f32])))?;
-        if flags.trouble {
-            return Err(explain(&Report { missing, failure }, &self.group)?);
-        }
-        if let Some(error) = hook_failure {
-            return Err(error);
-        }
-        self.accept(&step, &flags)?;
-        self.learn(&step, &flags)
-    }
-
-    /// Gives parameters that only other ranks used the average; leaves alone those that none used.
-    fn accept(&self, step: &Step, flags: &Flags) -> Result<()> {
-        let state = self.state.lock();
-        tch::no_grad(|| {
-            for Substitute { index, sent, original } in &step.substitutes {
-                let mut tensor = state.parameters[*index].tensor.shallow_clone();
-                let mut gradient = tensor.grad();
-                let used_somewhere = flags.used.get(*index).copied().unwrap_or(true);
-                match (used_somewhere, gradient.defined(), original) {
-                    (true, true, _) => gradient.f_copy_(sent).map(drop)?,
-                    (true, false, _) => autograd::set_grad(&mut tensor, Some(sent))?,
-                    (false, true, Some(original)) => gradient.f_copy_(original).map(drop)?,
-                    (false, ..) => {}
-                }
-            }
-            Ok(())
-        })
-    }
-
-    /// After the first step: buckets in the order in which gradients arrived on rank 0.
-    fn learn(&self, step: &Step, flags: &Flags) -> Result<()> {
-        if self.state.lock().learned {
-            return Ok(());
-        }
-        let own = (self.group.rank() == 0).then(|| step.arrival.clone());
-        let arrived = match own {
-            Some(own) if self.group.size() == 1 => own,
-            own => self.group.broadcast_object(own, 0)?,
-        };
-        let mut guard = self.state.lock();
-        let state = &mut *guard;
-        let mut order = buckets::arrival_order(&arrived, state.parameters.len());
-        if self.options.static_graph {
-            state.expected.clone_from(&step.fired);
-            // What no rank used is not sent any more (if nothing was used at all, there is nothing to learn).
-            if flags.used.contains(&true) {
-                order.retain(|&index| flags.used[index]);
-            }
-        }
-        state.learned = true;
-        state.set_plan(&order, &self.options, &self.group)
     }
 }

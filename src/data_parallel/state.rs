@@ -32,23 +32,12 @@ pub(super) struct State {
     pub(super) views: Vec<Option<Tensor>>,
     /// The exchange under way.
     pub(super) step: Option<Step>,
-    /// Inside `no_sync`.
-    pub(super) paused: bool,
-    /// Whether the last forward in training was outside of `no_sync`.
-    pub(super) synced_forward: bool,
     /// Inside `DistributedDataParallel::backward`, which ends the step itself.
     pub(super) ends_itself: bool,
     pub(super) hook: Option<Box<dyn CommHook>>,
-    /// A number that requires a gradient: what is computed from it tells whether graphs are recorded.
-    pub(super) probe: Tensor,
 }
 
 impl State {
-    /// Whether a backward now is exchanged.
-    pub(super) fn exchanges(&self) -> bool {
-        !self.paused && self.synced_forward
-    }
-
     /// What this rank sends for a parameter: its gradient, in place, or a substitute.
     pub(super) fn contribution(&self, step: &mut Step, index: usize) -> Result<Tensor> {
         let parameter = &self.parameters[index];

@@ -4,7 +4,7 @@
 //! waits for one that has nothing to say. In the last bucket ride the *flags*, averaged with the
 //! gradients: one number that says whether something is missing on this rank, or, where unused parameters
 //! are allowed, one number a parameter that says whether it was used here. A rank sends the last bucket
-//! when all its gradients have arrived, or at the end of its backward; so it knows what to say. A step in
+//! at the end of its backward; so it knows what to say. A step in
 //! which nothing is missing pays one element; only when something is do the ranks exchange names.
 
 use serde::{Deserialize, Serialize};

@@ -3,6 +3,7 @@
 use std::hash::{DefaultHasher, Hash, Hasher};
 
 use serde::{Deserialize, Serialize};
+use tch::Device;
 
 use super::DdpOptions;
 use super::layout::{Member, Role};
@@ -16,6 +17,7 @@ struct Entry {
     role: Role,
     shape: Vec<i64>,
     kind: String,
+    device: String,
 }
 
 /// What a rank says of its model.
@@ -25,6 +27,8 @@ struct Manifest {
     options: String,
     /// What this rank found wrong by itself, so that all ranks leave together.
     trouble: Option<String>,
+    /// The same of its options.
+    bad_options: Option<String>,
 }
 
 /// The first thing in which a rank's model differs from rank 0's.
@@ -33,6 +37,8 @@ enum Difference {
     Model(String),
     Shape { expected: String, got: String },
     Kind { expected: String, got: String },
+    Device { expected: String, got: String },
+    BadOptions(String),
     Options { expected: String, got: String },
 }
 
@@ -48,15 +54,21 @@ pub(super) fn verify(layout: &Result<Vec<Member>>, options: &DdpOptions, group: 
         trouble =
             Some("it has no parameter that requires a gradient, so there is nothing to average".to_owned());
     }
-    let entry = |member: &Member| Entry {
+    let devices = devices(members.iter().map(|member| member.tensor.device()));
+    let entry = |(member, device): (&Member, String)| Entry {
         name: member.name.clone(),
         role: member.role,
         shape: member.tensor.size(),
         kind: format!("{:?}", member.tensor.kind()),
+        device,
     };
-    let manifest =
-        Manifest { entries: members.iter().map(entry).collect(), options: format!("{options:?}"), trouble };
-    let sound = manifest.trouble.is_none();
+    let manifest = Manifest {
+        entries: members.iter().zip(devices).map(entry).collect(),
+        options: format!("{options:?}"),
+        trouble,
+        bad_options: options.what_is_wrong(),
+    };
+    let sound = manifest.trouble.is_none() && manifest.bad_options.is_none();
     let mut hasher = DefaultHasher::new();
     format!("{manifest:?}").hash(&mut hasher);
     let seen = group.all_gather_object(&(sound, hasher.finish()))?;
@@ -76,6 +88,10 @@ pub(super) fn verify(layout: &Result<Vec<Member>>, options: &DdpOptions, group: 
         Some(Difference::Kind { expected, got }) => {
             Err(Error::KindMismatch { argument: "vs", expected, got })
         }
+        Some(Difference::Device { expected, got }) => {
+            Err(Error::DeviceMismatch { argument: "vs", expected, got })
+        }
+        Some(Difference::BadOptions(reason)) => Err(Error::invalid("options", reason)),
         Some(Difference::Options { expected, got }) => Err(Error::invalid(
             "options",
             format!("ranks were given different options: {expected} on rank 0, {got}"),
@@ -83,7 +99,28 @@ pub(super) fn verify(layout: &Result<Vec<Member>>, options: &DdpOptions, group: 
     }
 }
 
+/// Each tensor's device in words that are the same on every rank: its type, and which of the model's own
+/// devices it is, not its number.
+fn devices(all: impl Iterator<Item = Device>) -> Vec<String> {
+    let mut seen = Vec::new();
+    all.map(|device| {
+        let number = seen.iter().position(|&known| known == device).unwrap_or_else(|| {
+            seen.push(device);
+            seen.len() - 1
+        });
+        let name = match device {
+            Device::Cuda(_) => "Cuda".to_owned(),
+            other => format!("{other:?}"),
+        };
+        if number == 0 { name } else { format!("{name} (device {number} of the model, from 0)") }
+    })
+    .collect()
+}
+
 fn difference(reference: &Manifest, mine: &Manifest, rank: usize) -> Option<Difference> {
+    if let Some(wrong) = &mine.bad_options {
+        return Some(Difference::BadOptions(format!("on rank {rank}: {wrong}")));
+    }
     if let Some(trouble) = &mine.trouble {
         return Some(Difference::Model(format!("on rank {rank}: {trouble}")));
     }
@@ -121,6 +158,12 @@ fn difference(reference: &Manifest, mine: &Manifest, rank: usize) -> Option<Diff
                 got: format!("{} on rank {rank}", got.kind),
             });
         }
+        if expected.device != got.device {
+            return Some(Difference::Device {
+                expected: format!("{} on {} as on rank 0", expected.name, expected.device),
+                got: format!("{} on rank {rank}", got.device),
+            });
+        }
     }
     (reference.options != mine.options).then(|| Difference::Options {
         expected: reference.options.clone(),
@@ -144,9 +187,26 @@ mod tests {
                 role: Role::Trained,
                 shape: shape.to_vec(),
                 kind: kind.to_owned(),
+                device: "Cpu".to_owned(),
             })
             .collect();
-        Manifest { entries, options: String::new(), trouble: None }
+        Manifest { entries, options: String::new(), trouble: None, bad_options: None }
+    }
+
+    #[test]
+    fn devices_are_compared_by_type_and_place_in_the_model_and_not_by_number() {
+        let said = |all: &[Device]| devices(all.iter().copied());
+        let (a, b) = (Device::Cuda(0), Device::Cuda(1));
+        assert_eq!(said(&[a, a]), said(&[b, b]));
+        assert_eq!(said(&[a, b, a]), said(&[b, a, b]));
+        assert_ne!(said(&[a, a]), said(&[a, b]));
+        assert_ne!(said(&[Device::Cpu]), said(&[a]));
+        let reference = manifest(&[("a", &[2], "Float"), ("b", &[2], "Float")]);
+        let mut other = reference.clone();
+        other.entries[1].device = said(&[a])[0].clone();
+        let expected =
+            Difference::Device { expected: "b on Cpu as on rank 0".into(), got: "Cuda on rank 1".into() };
+        assert_eq!(difference(&reference, &other, 1), Some(expected));
     }
 
     #[test]

@@ -20,4 +20,6 @@ pub(crate) use hooks::{
 };
 pub(crate) use store::{C10dStore, TcpStoreOptions, panic_text};
 pub(crate) use streams::{Mark, SideStream, use_device};
-pub(crate) use tensor::{empty_pinned_like, overlaps_itself, same, storage_offset, tensor_over};
+pub(crate) use tensor::{
+    empty_pinned_like, overlaps_itself, same, shares_memory, storage_offset, tensor_over,
+};

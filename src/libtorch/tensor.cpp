@@ -4,6 +4,7 @@
 #include <ATen/MemoryOverlap.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
+#include <torch/csrc/autograd/variable.h>
 
 #include <memory>
 
@@ -41,5 +42,21 @@ at::Tensor* tensor_over(
       at::IntArrayRef(size.data(), size.size()),
       [held](void*) mutable { held.reset(); },
       options));
+}
+bool shares_memory(const at::Tensor& tensor) {
+  if (!tensor.has_storage()) {
+    return false;
+  }
+  std::size_t own = 1;
+  if (const auto* view = torch::autograd::impl::get_view_autograd_meta(tensor)) {
+    // A view holds the tensor that it was taken from; it counts if anyone else holds that one too.
+    const auto& base = view->has_bw_view() ? view->get_backward_view().base_ : view->get_forward_view().base_;
+    const std::size_t held = view->has_bw_view() && view->has_fw_view() && !view->shared_view_info() ? 2 : 1;
+    if (base.use_count() > held) {
+      return true;
+    }
+    own += 1;
+  }
+  return tensor.storage().use_count() > own;
 }
 } // namespace tchd

@@ -22,4 +22,6 @@ at::Tensor* tensor_over(
     rust::Slice<const std::int64_t> size,
     std::int8_t kind,
     rust::Box<Keeper> keeper);
+/// Whether another tensor, which somebody may still use, lies in the same memory.
+bool shares_memory(const at::Tensor& tensor);
 } // namespace tchd

@@ -28,6 +28,7 @@ mod ffi {
         fn storage_offset(tensor: &Tensor) -> i64;
         fn same(left: &Tensor, right: &Tensor) -> bool;
         fn tensor_over(data: usize, size: &[i64], kind: i8, keeper: Box<Keeper>) -> Result<*mut Tensor>;
+        fn shares_memory(tensor: &Tensor) -> Result<bool>;
     }
 }
 
@@ -153,13 +154,18 @@ pub(crate) fn same(left: &tch::Tensor, right: &tch::Tensor) -> bool {
     ffi::same(at(left), at(right))
 }
 
+/// Whether another tensor, which somebody may still use, lies in the same memory as this one.
+pub(crate) fn shares_memory(tensor: &tch::Tensor) -> crate::Result<bool> {
+    ffi::shares_memory(at(tensor)).map_err(super::raised::caught)
+}
+
 #[cfg(test)]
 mod tests {
     use std::collections::HashSet;
 
     use tch::{Device, Kind, Tensor};
 
-    use super::{overlaps_itself, strides_overlap};
+    use super::{overlaps_itself, shares_memory, strides_overlap};
 
     #[test]
     fn views_of_a_plain_tensor_do_not_overlap_themselves_and_expanded_ones_do() {
@@ -175,6 +181,26 @@ mod tests {
         yes(&t.narrow(0, 0, 1).expand([2, 6], false));
         yes(&t.view([24]).unfold(0, 3, 1));
         yes(&t.as_strided([4, 2], [2, 3], 0).as_strided([4, 3], [2, 3], 0));
+    }
+
+    #[test]
+    fn memory_is_shared_while_another_tensor_is_in_it() {
+        let shared = |t: &Tensor| shares_memory(t).unwrap();
+        let base = Tensor::zeros([6], (Kind::Float, Device::Cpu));
+        assert!(!shared(&base) && !shared(&base.shallow_clone()));
+        let view = tch::no_grad(|| base.view([2, 3]));
+        assert!(shared(&base) && shared(&view));
+        drop(base);
+        assert!(!shared(&view), "what it was taken from is held by the view alone");
+        let other = view.narrow(0, 1, 1);
+        assert!(shared(&view) && shared(&other));
+        drop(view);
+        assert!(!shared(&other));
+        let plain = other.copy();
+        let detached = plain.detach();
+        assert!(shared(&plain));
+        drop(detached);
+        assert!(!shared(&plain) && !shared(&plain.to_sparse(None::<tch::Layout>, None::<i64>, None)));
     }
 
     proptest::proptest! {

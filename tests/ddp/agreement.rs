@@ -104,3 +104,15 @@ fn different_options_are_an_error_on_every_rank() {
         same_everywhere(&errors(2, build, options), &["options", "bucket_cap_mb: 2.0", "rank 1"]);
     });
 }
+
+#[test]
+fn a_bucket_size_that_is_negative_or_no_number_is_an_error_on_every_rank() {
+    within(60, || {
+        let build = |_, vs: &nn::VarStore| drop(vs.root().ones("a", &[2]));
+        let wrong = |rank| if rank == 1 { f64::NAN } else { 1.0 };
+        let options = |rank| DdpOptions::new().bucket_cap_mb(wrong(rank));
+        same_everywhere(&errors(2, build, options), &["options", "rank 1", "bucket_cap_mb is NaN"]);
+        let options = |_| DdpOptions::new().first_bucket_mb(-1);
+        same_everywhere(&errors(2, build, options), &["options", "rank 0", "first_bucket_mb is -1"]);
+    });
+}

@@ -1,63 +1,12 @@
-//! Buffers, frozen and ignored parameters, accumulation, kinds, communication hooks.
+//! Frozen and ignored parameters, accumulation, kinds.
 
 use tch::nn::{self, ModuleT};
 use tch::{Device, Kind, Tensor};
 use tch_distributed as dist;
 
-use dist::data_parallel::hooks::{Bf16Compress, CommHook, Exchange, Fp16Compress, GradBucket};
 use dist::data_parallel::{DdpOptions, DistributedDataParallel};
 
-use crate::support::{Net, batch, fill, flat, scalar, values, within};
-
-fn set(tensor: &Tensor, value: f64) {
-    tch::no_grad(|| drop(tensor.shallow_clone().fill_(value)));
-}
-
-#[test]
-fn buffers_come_from_rank_0_at_the_start_and_before_every_forward_in_training() {
-    within(60, || {
-        dist::testing::run_threads(3, |group| {
-            let vs = nn::VarStore::new(Device::Cpu);
-            let norm = nn::batch_norm1d(vs.root() / "norm", 2, Default::default());
-            let counter = Tensor::from_slice(&[group.rank() as i64]);
-            let counter = vs.root().add("counter", counter, false);
-            let rank = group.rank() as f64;
-            set(&norm.running_mean, rank + 7.0);
-            let ddp = DistributedDataParallel::new(norm, &vs, &group, DdpOptions::new()).unwrap();
-            assert_eq!(flat(&ddp.module().running_mean), [7.0; 2]);
-            assert_eq!(flat(&counter), [0.0]);
-            set(&ddp.module().running_mean, rank + 3.0);
-            set(&counter, rank + 5.0);
-            let seen = ddp.forward_with(|norm| flat(&norm.running_mean)).unwrap();
-            assert_eq!((seen, flat(&counter)), (vec![3.0; 2], vec![5.0]));
-            // Training goes on: every rank updates the running mean with data of its own.
-            let input = Tensor::ones([4, 2], (Kind::Float, Device::Cpu)) * rank;
-            for _ in 0..2 {
-                ddp.backward(&ddp.forward_t(&input, true).unwrap().square().sum(Kind::Float)).unwrap();
-            }
-            // An evaluation on rank 0 alone, without gradients, waits for nobody after the first.
-            let _ = tch::no_grad(|| ddp.forward_t(&input, false)).unwrap();
-            if group.rank() == 0 {
-                let _ = tch::no_grad(|| ddp.forward_t(&input, false)).unwrap();
-            }
-        });
-    });
-}
-
-#[test]
-fn buffers_may_be_left_to_each_rank() {
-    within(60, || {
-        dist::testing::run_threads(2, |group| {
-            let vs = nn::VarStore::new(Device::Cpu);
-            let norm = nn::batch_norm1d(vs.root() / "norm", 2, Default::default());
-            let options = DdpOptions::new().broadcast_buffers(false);
-            let ddp = DistributedDataParallel::new(norm, &vs, &group, options).unwrap();
-            let rank = group.rank() as f64;
-            set(&ddp.module().running_mean, rank);
-            assert_eq!(ddp.forward_with(|norm| flat(&norm.running_mean)).unwrap(), [rank; 2]);
-        });
-    });
-}
+use crate::support::{Net, batch, flat, scalar, set, values, within};
 
 #[test]
 fn frozen_parameters_are_broadcast_and_ignored_ones_left_alone() {
@@ -122,6 +71,29 @@ fn no_sync_accumulates_and_the_next_backward_averages_the_total() {
 }
 
 #[test]
+fn the_last_forward_in_training_decides_whether_a_backward_is_averaged() {
+    within(60, || {
+        dist::testing::run_threads(2, |group| {
+            let vs = nn::VarStore::new(Device::Cpu);
+            let weight = vs.root().ones("weight", &[1]);
+            let ddp = DistributedDataParallel::new((), &vs, &group, DdpOptions::new()).unwrap();
+            let rank = group.rank() as f64;
+            let forward = || ddp.forward_with(|()| (&weight * rank).sum(Kind::Float)).unwrap();
+            let outside = forward();
+            let inside = ddp.no_sync(forward);
+            ddp.backward(&outside).unwrap();
+            ddp.backward(&inside).unwrap();
+            assert_eq!(scalar(&weight.grad()), 2.0 * rank);
+            // An evaluation between changes nothing.
+            let last = forward();
+            let _ = ddp.no_sync(|| tch::no_grad(forward));
+            ddp.backward(&last).unwrap();
+            assert_eq!(scalar(&weight.grad()), 1.5);
+        });
+    });
+}
+
+#[test]
 fn two_forwards_before_their_backwards_are_both_averaged() {
     within(60, || {
         dist::testing::run_threads(2, |group| {
@@ -177,72 +149,6 @@ fn parameters_of_several_kinds_are_averaged_each_in_its_own() {
                 }
             }
         });
-    });
-}
-
-/// The gradients of one step under a hook.
-fn gradients(hook: Option<impl CommHook + Clone + Sync>, options: DdpOptions) -> Vec<Vec<Vec<f64>>> {
-    dist::testing::run_threads(2, |group| {
-        let vs = nn::VarStore::new(Device::Cpu);
-        let net = Net::new(&vs);
-        fill(&vs, 1.0);
-        let ddp = DistributedDataParallel::new(net, &vs, &group, options.clone()).unwrap();
-        if let Some(hook) = hook.clone() {
-            ddp.set_comm_hook(hook).unwrap();
-        }
-        let (input, target) = batch(group.rank(), 8, Kind::Float);
-        ddp.backward(&(ddp.forward(&input).unwrap() - target).square().mean(Kind::Float)).unwrap();
-        vs.trainable_variables().iter().map(|p| flat(&p.grad())).collect()
-    })
-}
-
-#[test]
-fn compressed_gradients_are_near_the_exact_ones_and_the_same_on_every_rank() {
-    within(60, || {
-        for options in [DdpOptions::new(), DdpOptions::new().gradient_as_bucket_view(true)] {
-            let exact = gradients(None::<Fp16Compress>, options.clone());
-            for (found, tolerance) in [
-                (gradients(Some(Fp16Compress), options.clone()), 1e-3),
-                (gradients(Some(Bf16Compress), options.clone()), 8e-3),
-            ] {
-                assert_eq!(found[0], found[1]);
-                assert_ne!(found[0], exact[0]);
-                for (found, exact) in found[0].iter().zip(&exact[0]) {
-                    let largest = exact.iter().fold(0.0f64, |m, v| m.max(v.abs()));
-                    let near = |(a, b): (&f64, &f64)| (a - b).abs() <= tolerance * largest;
-                    assert!(found.iter().zip(exact).all(near), "{found:?} {exact:?}");
-                }
-            }
-        }
-    });
-}
-
-#[test]
-fn a_hook_of_ones_own_sees_every_bucket_in_order_and_decides_what_becomes_of_it() {
-    within(60, || {
-        let seen = dist::testing::run_threads(2, |group| {
-            let vs = nn::VarStore::new(Device::Cpu);
-            let net = Net::new(&vs);
-            let options = DdpOptions::new().bucket_cap_mb(0.00001);
-            let ddp = DistributedDataParallel::new(net, &vs, &group, options).unwrap();
-            let (tell, told) = std::sync::mpsc::channel();
-            let sum = move |bucket: GradBucket, group: &dist::ProcessGroup| {
-                assert_eq!(bucket.gradients().len(), bucket.parameters().len());
-                tell.send((bucket.index(), bucket.names().join(","), bucket.is_last())).unwrap();
-                let work = group.all_reduce_coalesced_async(bucket.gradients(), dist::ReduceOp::Sum)?;
-                Ok(Exchange::from(work))
-            };
-            ddp.set_comm_hook(sum).unwrap();
-            let output = ddp.forward(&batch(0, 4, Kind::Float).0).unwrap();
-            ddp.backward(&(output.sum(Kind::Float) * (group.rank() as f64 + 1.0))).unwrap();
-            // d(sum of outputs)/d(last bias) is the number of rows: 4, and 8 on rank 1.
-            assert_eq!(flat(&ddp.module().last.bs.as_ref().unwrap().grad()), [12.0; 3]);
-            drop(ddp);
-            told.iter().collect::<Vec<_>>()
-        });
-        assert_eq!(seen[0], seen[1]);
-        assert_eq!(seen[0].len(), 6);
-        assert!(seen[0].iter().enumerate().all(|(i, (index, _, last))| i == *index && *last == (i == 5)));
     });
 }
 

@@ -73,6 +73,10 @@ pub(crate) fn values(vs: &nn::VarStore) -> Vec<(String, Vec<f64>)> {
     values
 }
 
+pub(crate) fn set(tensor: &Tensor, value: f64) {
+    tch::no_grad(|| drop(tensor.shallow_clone().fill_(value)));
+}
+
 pub(crate) fn flat(tensor: &Tensor) -> Vec<f64> {
     Vec::try_from(tensor.detach().to_kind(Kind::Double).flatten(0, -1)).unwrap()
 }

@@ -79,6 +79,30 @@ fn programs_that_agree_run_as_ever_also_where_shapes_may_differ() {
 }
 
 #[test]
+fn factors_are_each_ranks_own() {
+    world(2, |group| {
+        let rank = group.rank();
+        let mut t = ones(&[3]);
+        group.all_reduce(&mut t, ReduceOp::PremulSum(rank as f64 + 1.0)).unwrap();
+        assert_eq!(t, ones(&[3]) * 3);
+        // Rank 0 gives one factor twice, rank 1 gives two: they make as many calls all the same.
+        let (a, b) = (ones(&[2]), ones(&[2]));
+        let mut batch = group.coalescing();
+        batch.all_reduce(&a, ReduceOp::PremulSum(1.0)).unwrap();
+        batch.all_reduce(&b, ReduceOp::PremulSum(1.0 + rank as f64)).unwrap();
+        batch.launch().unwrap().wait().unwrap();
+        assert_eq!((a, b), (ones(&[2]) * 2, ones(&[2]) * 3));
+        // What ranks disagree about shows the factor.
+        let mut t = if rank == 0 { ones(&[2]) } else { ones(&[1, 2]) };
+        let error = group.all_reduce(&mut t, ReduceOp::PremulSum(rank as f64 + 0.5)).unwrap_err();
+        let Error::Desync { seq: 4, theirs, ours, .. } = error else { panic!("{error}") };
+        for (text, rank) in [(theirs, 1 - rank), (ours, rank)] {
+            assert!(text.contains(&format!("its factor {rank}.5")), "{text}");
+        }
+    });
+}
+
+#[test]
 fn ranks_must_agree_on_checking_itself() {
     let store = std::sync::Arc::new(tch_distributed::store::HashStore::new());
     let errors: Vec<Option<String>> = std::thread::scope(|scope| {

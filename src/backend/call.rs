@@ -153,7 +153,8 @@ impl<'a> Buffer<'a> {
 
     /// Only the elements from `start` on.
     pub(crate) fn slice(mut self, element: usize, start: usize, numel: usize) -> Self {
-        debug_assert!(start + numel <= self.numel);
+        let inside = start.checked_add(numel).is_some_and(|end| end <= self.numel);
+        assert!(inside, "{numel} elements from {start} on, of {}", self.numel);
         self.data = if numel == 0 { std::ptr::null_mut() } else { self.data.wrapping_add(start * element) };
         self.numel = numel;
         self.bytes = numel * element;

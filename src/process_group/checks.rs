@@ -107,7 +107,8 @@ pub(super) fn concat_or_stack(whole: &Seen<'_>, part: &Seen<'_>, size: usize) ->
     let stacked: Vec<i64> = std::iter::once(size as i64).chain(part_shape.iter().copied()).collect();
     let mut concatenated = part_shape.clone();
     if let Some(first) = concatenated.first_mut() {
-        *first *= size as i64;
+        // Only what has no elements is that long.
+        *first = first.saturating_mul(size as i64);
     }
     if got == stacked || (!part_shape.is_empty() && got == concatenated) {
         return Ok(());
@@ -166,8 +167,10 @@ pub(super) fn splits(
     if let Some(negative) = splits.iter().find(|&&s| s < 0) {
         return Err(Error::invalid(argument, format!("a split cannot be negative, got {negative}")));
     }
-    let sum: i64 = splits.iter().sum();
-    if sum != rows {
+    // Splits that sum to more than can be counted must not wrap round to what is there.
+    let sum = splits.iter().try_fold(0i64, |sum, &split| sum.checked_add(split));
+    if sum != Some(rows) {
+        let sum = sum.map_or_else(|| "more than an i64 holds".to_owned(), |sum| sum.to_string());
         return Err(Error::invalid(
             argument,
             format!("the splits {splits:?} sum to {sum}, but dimension 0 of {} is {rows}", seen.argument),

@@ -231,7 +231,7 @@ impl<'a> Coalescing<'a> {
             draft.output(flat.part(rank * seen.facts.numel, seen.facts.numel));
         }
         self.written.push(output);
-        self.add(draft.separate(Some(self.group.rank())));
+        self.add(draft);
         Ok(())
     }
 
@@ -258,13 +258,17 @@ impl<'a> Coalescing<'a> {
         let buffer = draft.write(&seen, false)?.whole();
         draft.output(buffer);
         self.written.push(seen);
-        self.add(draft.separate(None));
+        self.add(draft);
         Ok(())
     }
 
     fn add(&mut self, draft: Draft<'a>) {
+        // Factors are each rank's own: whether two of this rank's are equal says nothing of the others',
+        // and all ranks must make as many calls.
+        let own_factor = matches!(draft.call.op.reduce_op(), Some(ReduceOp::PremulSum(_)));
         let same = |other: &&mut Draft<'a>| {
-            other.call.op == draft.call.op
+            !own_factor
+                && other.call.op == draft.call.op
                 && other.call.kind == draft.call.kind
                 && std::ptr::addr_eq(&raw const **other.backend, &raw const **draft.backend)
         };
@@ -283,7 +287,9 @@ impl<'a> Coalescing<'a> {
         disjoint(&self.written)?;
         let mut works = Vec::with_capacity(self.drafts.len());
         for draft in self.drafts {
-            works.push(draft.launch()?);
+            // Of the whole call: an input of one pair may share memory with the output of another.
+            let in_place = (draft.call.op == Op::AllGather).then(|| self.group.rank());
+            works.push(draft.separate(in_place).launch()?);
         }
         Ok(Work::join(self.group, works))
     }

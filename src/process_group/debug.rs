@@ -2,6 +2,7 @@
 //!
 //! The engine compares operation, kind, count, root and reduce operation in any case, as the data
 //! arrives. This adds shapes and the lines of the calls, and every rank gets the same error at once.
+//! What is each rank's own, the factor of `PremulSum`, is shown and not compared.
 
 use std::fmt::Write;
 use std::panic::Location;
@@ -12,7 +13,7 @@ use tch::{Kind, Tensor};
 
 use super::draft::Draft;
 use crate::backend::{Buffer, Call, Op};
-use crate::{Error, Result};
+use crate::{Error, ReduceOp, Result};
 
 /// Bytes that each rank gives: enough for an operation, a shape and a line.
 const LENGTH: usize = 512;
@@ -21,7 +22,8 @@ const SEPARATOR: &str = "\u{1f}";
 
 pub(super) fn compare(draft: &Draft<'_>, site: &Location<'_>) -> Result<()> {
     let inner = &draft.group.inner;
-    let seq = inner.compared.fetch_add(1, Ordering::Relaxed);
+    // The first has number 1, as the engine counts.
+    let seq = inner.compared.fetch_add(1, Ordering::Relaxed) + 1;
     let mine = describe(draft, site);
     let mut bytes = mine.as_bytes().to_vec();
     bytes.resize(LENGTH, 0);
@@ -60,14 +62,20 @@ pub(super) fn compare(draft: &Draft<'_>, site: &Location<'_>) -> Result<()> {
 
 /// What must agree, then what is shown.
 fn describe(draft: &Draft<'_>, site: &Location<'_>) -> String {
-    let mut text = draft.call.op.to_string();
-    if draft.call.op != Op::Barrier {
+    let op = draft.call.op;
+    let mut text = op.to_string();
+    let mut own = String::new();
+    if let Some(reduce @ ReduceOp::PremulSum(factor)) = op.reduce_op() {
+        text = text.replace(&reduce.to_string(), "PremulSum");
+        own = format!(", its factor {factor:?},");
+    }
+    if op != Op::Barrier {
         let _ = write!(text, " of {:?}", draft.call.kind);
     }
     if let Some(tensor) = draft.shape {
         let _ = write!(text, " {:?}", tensor.size());
     }
-    let _ = write!(text, "{SEPARATOR} at {}:{}", site.file(), site.line());
+    let _ = write!(text, "{SEPARATOR}{own} at {}:{}", site.file(), site.line());
     let mut end = text.len().min(LENGTH);
     while !text.is_char_boundary(end) {
         end -= 1;

@@ -214,8 +214,8 @@ impl<'a> Draft<'a> {
         Ok(())
     }
 
-    /// Copies inputs that share memory with outputs, but for an `in_place` one that is exactly the
-    /// output that belongs to it.
+    /// Copies inputs that share memory with outputs, but for those that are exactly the output that
+    /// belongs to them: the buffer at the same place of segment `in_place`.
     pub(super) fn separate(mut self, in_place: Option<usize>) -> Self {
         let range = |b: &Buffer<'_>| (b.data_ptr() as usize, b.data_ptr() as usize + b.bytes());
         let span = |segments: &Segments<'_>| {
@@ -231,12 +231,16 @@ impl<'a> Draft<'a> {
         if read.0 >= written.1 || written.0 >= read.1 {
             return self;
         }
-        let own = in_place.and_then(|i| self.call.outputs.get(i)).and_then(|s| s.first()).map(range);
+        let own: SmallVec<[_; 8]> = match in_place.and_then(|i| self.call.outputs.get(i)) {
+            Some(segment) => segment.iter().map(range).collect(),
+            None => SmallVec::new(),
+        };
         let outputs: SmallVec<[(usize, usize); 8]> = self.call.outputs.iter().flatten().map(range).collect();
-        for buffer in self.call.inputs.iter_mut().flatten() {
+        let inputs = self.call.inputs.iter_mut().flat_map(|segment| segment.iter_mut().enumerate());
+        for (place, buffer) in inputs {
             let (begin, end) = range(buffer);
             let shared = outputs.iter().any(|&(from, to)| begin < to && from < end);
-            if shared && Some((begin, end)) != own {
+            if shared && own.get(place) != Some(&(begin, end)) {
                 let copy = buffer.tensor().copy();
                 if let Ok(facts) = facts(&copy) {
                     *buffer = Buffer::owned_with(copy, &facts);

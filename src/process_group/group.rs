@@ -111,7 +111,7 @@ impl ProcessGroup {
 
     /// Ends everything that is pending on this group, on all ranks: pending calls return
     /// [`Aborted`](Error::Aborted), later ones [`Poisoned`](Error::Poisoned). May be called from
-    /// any thread; this is how a thread that waits is freed.
+    /// any thread; this is how a thread that waits is freed, one in [`destroy`](Self::destroy) too.
     ///
     /// # Errors
     /// `InvalidArgument` when the group was destroyed. Aborting twice is no error.
@@ -125,7 +125,7 @@ impl ProcessGroup {
     /// ```
     #[doc(alias = "_abort_process_group")]
     pub fn abort(&self) -> Result<()> {
-        match self.inner.usable() {
+        match self.inner.abortable() {
             Ok(()) => self.inner.abort(Arc::new(Error::Aborted)),
             Err(Error::Poisoned { .. }) => {}
             Err(destroyed) => return Err(destroyed),
@@ -140,7 +140,7 @@ impl ProcessGroup {
 
     /// The same with a cause of one's own, which the other ranks get to see.
     pub(crate) fn abort_because(&self, cause: Error) {
-        if self.inner.usable().is_ok() {
+        if self.inner.abortable().is_ok() {
             self.inner.abort(Arc::new(cause));
         }
     }

@@ -17,7 +17,9 @@ use crate::{Error, Result};
 
 const USABLE: u8 = 0;
 const FAILED: u8 = 1;
-const DESTROYED: u8 = 2;
+/// `destroy` waits for the others.
+const LEAVING: u8 = 2;
+const DESTROYED: u8 = 3;
 
 /// The key under which the ranks of a group agree on what it is.
 pub(super) const AGREEMENT: &str = "tchd/group";
@@ -287,10 +289,19 @@ impl Inner {
         self.pass_on();
     }
 
+    /// Ok while there is something that can be aborted.
+    pub(super) fn abortable(&self) -> Result<()> {
+        match self.state.load(Ordering::Acquire) {
+            LEAVING => Ok(()),
+            _ => self.usable(),
+        }
+    }
+
     fn pass_on(&self) {
         let Some(cause) = self.cause() else { return };
-        if self.state.load(Ordering::Acquire) == FAILED && !self.abort_passed_on.swap(true, Ordering::AcqRel)
-        {
+        // A `destroy` that waits is freed as well.
+        let live = self.state.load(Ordering::Acquire) != DESTROYED;
+        if live && !self.abort_passed_on.swap(true, Ordering::AcqRel) {
             for backend in self.backends.all() {
                 backend.abort(&cause);
             }
@@ -311,10 +322,10 @@ impl Inner {
     /// Leaves in good order. The first time only; a group that failed has nothing to wait for, and
     /// nothing to say unless nobody was told.
     pub(super) fn destroy(&self) -> Result<()> {
-        let before = self.state.swap(DESTROYED, Ordering::AcqRel);
-        if before == DESTROYED {
+        let leave = |state| (state < LEAVING).then_some(LEAVING);
+        let Ok(before) = self.state.fetch_update(Ordering::AcqRel, Ordering::Acquire, leave) else {
             return Ok(());
-        }
+        };
         let mut outcome = match self.cause() {
             Some(cause) if before == FAILED && !self.told() => Err(cause.duplicate()),
             _ => Ok(()),
@@ -326,6 +337,7 @@ impl Inner {
                 outcome = ended;
             }
         }
+        self.state.store(DESTROYED, Ordering::Release);
         if let Err(error) = &outcome {
             self.note(error);
         }

@@ -153,6 +153,7 @@ impl ProcessGroup {
 /// The dimensions after the first, and how many elements they hold.
 fn row(seen: &Seen<'_>) -> (Vec<i64>, usize) {
     let shape = seen.tensor.size().split_off(1);
-    let numel = shape.iter().product::<i64>();
+    // It wraps only where a factor is 0: a row has no more elements than the tensor, or that has none.
+    let numel = shape.iter().fold(1i64, |numel, &n| numel.wrapping_mul(n));
     (shape, numel as usize)
 }

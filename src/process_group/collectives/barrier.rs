@@ -8,6 +8,7 @@ use tch::Kind;
 use super::super::draft::Draft;
 use super::super::{ProcessGroup, Work};
 use crate::backend::Op;
+use crate::store::Store;
 use crate::{Error, Result};
 
 impl ProcessGroup {
@@ -64,12 +65,7 @@ impl ProcessGroup {
             let mut missing = Vec::new();
             for rank in 1..self.size() {
                 let key = key(&rank.to_string());
-                // Once the time is up a look is enough.
-                let here = match timeout.saturating_sub(begin.elapsed()) {
-                    Duration::ZERO => store.check(&[&key])?,
-                    left => store.wait(&[&key], left).is_ok(),
-                };
-                if !here {
+                if !came(&**store, &key, timeout.saturating_sub(begin.elapsed()))? {
                     missing.push(rank);
                     if !wait_all_ranks {
                         break;
@@ -82,27 +78,68 @@ impl ProcessGroup {
         } else {
             // Rank 0 decides within its own timeout, which began when it came.
             let patience = timeout.saturating_add(timeout / 4).saturating_add(Duration::from_secs(1));
-            match store.wait(&[&verdict], patience) {
-                Ok(()) => {
-                    let text = String::from_utf8_lossy(&store.get(&verdict)?).into_owned();
-                    let ranks = text.trim_start_matches("missing:").split(',');
-                    ranks.filter_map(|rank| rank.parse().ok()).collect()
-                }
-                Err(_) => vec![0],
+            if came(&**store, &verdict, patience)? {
+                let text = String::from_utf8_lossy(&store.get(&verdict)?).into_owned();
+                let ranks = text.trim_start_matches("missing:").split(',');
+                ranks.filter_map(|rank| rank.parse().ok()).collect()
+            } else {
+                vec![0]
             }
         };
         if missing.is_empty() {
-            // The last to know sweeps up.
-            if store.add(&key("known"), 1)? == self.size() as i64 {
-                for rank in 0..self.size() {
-                    store.delete(&key(&rank.to_string()))?;
-                }
-                store.delete(&verdict)?;
-                store.delete(&key("known"))?;
+            // Who reads the verdict last leaves nothing behind.
+            if let Err(error) = self.tidy(key) {
+                // All have come. Rank 0 may have gone on, and the store with it.
+                tracing::debug!(%error, "keys of a monitored barrier are left");
             }
             return Ok(());
         }
         let op = "monitored_barrier".to_owned();
         Err(self.inner.fail(Error::Timeout { op, seq, elapsed: begin.elapsed(), missing }))
+    }
+
+    /// Who reads the verdict of a monitored barrier last deletes its keys.
+    fn tidy(&self, key: impl Fn(&str) -> String) -> Result<()> {
+        let store = &self.inner.store;
+        if store.add(&key("read"), 1)? < self.size() as i64 {
+            return Ok(());
+        }
+        let ranks = (0..self.size()).map(|rank| key(&rank.to_string()));
+        for name in ranks.chain(["verdict", "read"].map(&key)) {
+            store.delete(&name)?;
+        }
+        Ok(())
+    }
+}
+
+/// Whether a key is there within a time. A store that is gone is an error, and no missing rank.
+fn came(store: &dyn Store, key: &str, left: Duration) -> Result<bool> {
+    // Once the time is up a look is enough; after a wait that failed it tells why.
+    if !left.is_zero() && store.wait(&[key], left).is_ok() {
+        return Ok(true);
+    }
+    store.check(&[key])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing;
+
+    #[test]
+    fn a_monitored_barrier_leaves_no_keys_in_the_store() {
+        testing::run_threads(3, |group| {
+            let count = || {
+                group.barrier().unwrap();
+                let keys = group.inner.store.num_keys().unwrap();
+                group.barrier().unwrap();
+                keys
+            };
+            let before = count();
+            for wait_all_ranks in [true, false] {
+                group.monitored_barrier(Duration::from_secs(20), wait_all_ranks).unwrap();
+            }
+            assert_eq!(count(), before);
+        });
     }
 }

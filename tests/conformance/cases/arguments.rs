@@ -12,6 +12,7 @@ list! {
     2 shapes_that_do_not_fit_are_refused_with_both_shapes;
     2 kinds_that_do_not_fit_are_refused_with_both_kinds;
     2 splits_must_be_one_per_rank_not_negative_and_sum_up;
+    3 splits_that_wrap_round_to_the_right_sum_are_refused;
     2 an_input_that_does_not_divide_by_the_ranks_is_refused;
     1 outputs_that_overlap_are_refused;
     1 an_undefined_or_sparse_tensor_is_refused;
@@ -157,6 +158,21 @@ fn splits_must_be_one_per_rank_not_negative_and_sum_up(group: &ProcessGroup) {
         }
     });
     assert!(invalid(call(&even, &negative), "input_splits").contains("negative"));
+}
+
+fn splits_that_wrap_round_to_the_right_sum_are_refused(group: &ProcessGroup) {
+    let n = group.size();
+    let rows = 2 * n as i64;
+    let even = vec![2; n];
+    let mut huge = vec![0; n];
+    huge[..3].copy_from_slice(&[i64::MAX, i64::MAX, rows + 2]);
+    assert_eq!(huge.iter().fold(0i64, |sum, &split| sum.wrapping_add(split)), rows);
+    let mut out = room(rows);
+    for (output, input, argument) in [(&even, &huge, "input_splits"), (&huge, &even, "output_splits")] {
+        let refused = group.all_to_all_single(&mut out, &room(rows), Some(output), Some(input));
+        assert!(invalid(refused.unwrap_err(), argument).contains("sum to more than"));
+    }
+    assert!(out.equal(&room(rows)), "nothing was written");
 }
 
 fn an_input_that_does_not_divide_by_the_ranks_is_refused(group: &ProcessGroup) {

@@ -19,6 +19,7 @@ list! {
     2 a_rank_that_does_not_come_is_named_by_the_timeout;
     1 every_call_after_a_failure_returns_its_cause;
     2 abort_from_another_thread_frees_a_waiting_call_on_every_rank;
+    2 abort_frees_a_rank_that_waits_in_destroy;
     2 a_message_of_another_size_or_kind_is_an_error_of_the_receiver;
     2 a_monitored_barrier_names_every_missing_rank;
     2 an_asynchronous_failure_comes_from_the_work_and_from_nothing_else;
@@ -193,6 +194,22 @@ fn abort_from_another_thread_frees_a_waiting_call_on_every_rank(group: &ProcessG
     }
     let error = own.barrier().unwrap_err();
     assert!(matches!(&error, Error::Poisoned { cause } if matches!(**cause, Error::Aborted)), "{error:?}");
+    group.barrier().unwrap();
+}
+
+fn abort_frees_a_rank_that_waits_in_destroy(group: &ProcessGroup) {
+    let own = own_group(group, Duration::from_secs(60));
+    if group.rank() == 0 {
+        // The others never come to destroy it.
+        let other = own.clone();
+        let leaving = std::thread::spawn(move || other.destroy());
+        std::thread::sleep(Duration::from_millis(100));
+        own.abort().unwrap();
+        let error = leaving.join().unwrap().unwrap_err();
+        assert!(matches!(root_cause(&error), Error::Aborted), "{error:?}");
+        assert!(matches!(own.abort(), Err(Error::InvalidArgument { .. })), "it is destroyed now");
+        own.destroy().unwrap();
+    }
     group.barrier().unwrap();
 }
 

@@ -15,6 +15,7 @@ list! {
     2 ranks_may_lay_out_the_same_shape_differently;
     1 an_input_may_be_its_own_part_of_the_gathered_output;
     2 inputs_that_share_memory_with_outputs_are_read_before_they_are_written;
+    1 an_input_that_shares_memory_with_the_output_of_another_pair_is_read_first;
     1 every_kind_can_be_moved;
     1 a_world_of_one_copies_what_it_would_receive;
     2 outputs_are_filled_in_place_and_never_replaced;
@@ -138,6 +139,29 @@ fn inputs_that_share_memory_with_outputs_are_read_before_they_are_written(group:
     let first = all.narrow(0, 0, 1);
     group.all_gather_into_tensor(&mut all, &first).unwrap();
     assert_eq!(read(&all), (0..n).map(|from| 100 * from).collect::<Vec<_>>());
+}
+
+fn an_input_that_shares_memory_with_the_output_of_another_pair_is_read_first(group: &ProcessGroup) {
+    const LEN: i64 = 50_000;
+    let (me, n) = (group.rank() as i64, group.size() as i64);
+    // Part r of each input is filled with r, or 10 + r. One pair's output is part 0 of the other's input.
+    let first = Tensor::arange(n, (Kind::Int64, Device::Cpu)).repeat_interleave_self_int(LEN, None, None);
+    let second = &first + 10;
+    let mut outputs = [second.narrow(0, 0, LEN), room(LEN)];
+    group.reduce_scatter_tensor_coalesced(&mut outputs, &[first, second], ReduceOp::Sum).unwrap();
+    for (output, expected) in outputs.iter().zip([n * me, n * (10 + me)]) {
+        assert!(output.equal(&output.full_like(expected)), "rank {me} expects {expected}");
+    }
+    // Gathering two in place, and a third whose input is the first's output.
+    let mut all = [0, 100, 200].map(|base| room(n) + base);
+    for (base, all) in [0, 100].into_iter().zip(&all) {
+        let _ = all.narrow(0, me, 1).fill_(base + me);
+    }
+    let inputs = [all[0].narrow(0, me, 1), all[1].narrow(0, me, 1), all[0].narrow(0, me, 1)];
+    group.all_gather_into_tensor_coalesced(&mut all, &inputs).unwrap();
+    for (base, all) in [0, 100, 0].into_iter().zip(&all) {
+        assert_eq!(read(all), (base..base + n).collect::<Vec<_>>());
+    }
 }
 
 fn every_kind_can_be_moved(group: &ProcessGroup) {

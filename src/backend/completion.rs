@@ -1,6 +1,7 @@
 //! The promise that a backend keeps: told once how an operation ended.
 
 use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Weak};
 use std::task::Waker;
 use std::time::Instant;
@@ -8,6 +9,7 @@ use std::time::Instant;
 use once_cell::sync::OnceCell;
 use parking_lot::{Condvar, Mutex};
 
+use crate::libtorch::panic_text;
 use crate::{Error, Result};
 
 /// What is known of an operation that ended well.
@@ -58,7 +60,15 @@ struct Slot {
     result: Option<Result<Receipt, Arc<Error>>>,
     /// For an operation that a device was given: how to wait without blocking, and what will be known of it.
     given: Option<(Order, Receipt)>,
-    wakers: Vec<Waker>,
+    /// Of who polled last.
+    waker: Option<Waker>,
+}
+
+/// Runs what a user gave; a panic becomes an error.
+pub(crate) fn contained<T>(body: impl FnOnce() -> T) -> Result<T> {
+    catch_unwind(AssertUnwindSafe(body)).map_err(|panic| Error::Callback {
+        reason: format!("it panicked at the end of an operation: {}", panic_text(&*panic)),
+    })
 }
 
 impl Completion {
@@ -118,21 +128,26 @@ impl Completion {
 
     fn finish(&mut self, result: Result<Receipt>) {
         self.completed = true;
+        // A panic in what others gave must not end the thread that drives every group.
         let result = match (result, self.write_back.take()) {
-            (Ok(receipt), Some(write_back)) => write_back().map(|()| receipt),
+            (Ok(receipt), Some(write_back)) => {
+                contained(write_back).and_then(|written| written).map(|()| receipt)
+            }
             (result, _) => result,
         };
         let result = match self.finisher.take() {
-            Some(finisher) => finisher(result),
+            Some(finisher) => contained(|| finisher(result)).and_then(|result| result),
             None => result,
         };
-        let wakers = {
+        let waker = {
             let mut slot = self.state.slot.lock();
             slot.result = Some(result.map_err(Arc::new));
-            std::mem::take(&mut slot.wakers)
+            slot.waker.take()
         };
         self.state.ended.notify_all();
-        wakers.into_iter().for_each(Waker::wake);
+        if let Some(Err(error)) = waker.map(|waker| contained(|| waker.wake())) {
+            tracing::error!(%error, "a waker panicked");
+        }
     }
 }
 
@@ -199,8 +214,8 @@ impl Ticket {
     /// The result, or a promise to wake.
     pub(crate) fn poll(&self, waker: &Waker) -> Option<Result<Receipt>> {
         let mut slot = self.state.slot.lock();
-        if slot.result.is_none() && !slot.wakers.iter().any(|w| w.will_wake(waker)) {
-            slot.wakers.push(waker.clone());
+        if slot.result.is_none() && !slot.waker.as_ref().is_some_and(|w| w.will_wake(waker)) {
+            slot.waker = Some(waker.clone());
         }
         slot.result.as_ref().map(Self::read)
     }
@@ -212,11 +227,26 @@ impl Ticket {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
     use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::task::Wake;
 
-    use super::{Completion, Receipt};
-    use crate::Error;
+    use super::*;
+
+    struct Count(AtomicUsize);
+
+    impl Wake for Count {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    struct Panic;
+
+    impl Wake for Panic {
+        fn wake(self: Arc<Self>) {
+            panic!("in a waker");
+        }
+    }
 
     #[test]
     fn who_waits_for_what_a_device_was_given_orders_a_stream_and_does_not_wait_for_the_end() {
@@ -238,7 +268,7 @@ mod tests {
     #[test]
     fn outputs_are_written_at_a_good_end_unless_the_engine_took_that_over() {
         let written = Arc::new(AtomicUsize::new(0));
-        let write = || -> super::WriteBack {
+        let write = || -> WriteBack {
             let written = written.clone();
             Box::new(move || {
                 written.fetch_add(1, Ordering::Relaxed);
@@ -252,5 +282,28 @@ mod tests {
         taken.take_write_back().unwrap()().unwrap();
         taken.complete(Ok(Receipt::default()));
         assert_eq!(written.load(Ordering::Relaxed), 2);
+    }
+
+    #[test]
+    fn whoever_polled_last_is_woken_and_nobody_else() {
+        let (done, ticket) = Completion::new(None);
+        let counts = [0, 0].map(|n| Arc::new(Count(AtomicUsize::new(n))));
+        for count in &counts {
+            assert!(ticket.poll(&Waker::from(count.clone())).is_none());
+        }
+        done.complete(Ok(Receipt::default()));
+        assert_eq!(counts.map(|count| count.0.load(Ordering::SeqCst)), [0, 1]);
+    }
+
+    #[test]
+    fn a_panic_in_a_waker_or_a_finisher_stays_with_the_operation() {
+        let (done, ticket) = Completion::new(None);
+        assert!(ticket.poll(&Waker::from(Arc::new(Panic))).is_none());
+        done.complete(Ok(Receipt::default()));
+        assert!(matches!(ticket.result(), Some(Ok(_))));
+        let (done, ticket) = Completion::new(Some(Box::new(|_| panic!("in a finisher"))));
+        done.complete(Ok(Receipt::default()));
+        let Some(Err(Error::Callback { reason })) = ticket.result() else { panic!("it ended well") };
+        assert!(reason.contains("in a finisher"), "{reason}");
     }
 }

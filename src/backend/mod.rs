@@ -19,7 +19,7 @@ use tch::{Device, Kind, Tensor};
 pub(crate) use c10d::split_nccl;
 pub use call::{Buffer, Call, Direction, Op, Segment, Segments, Transfer, segment_numel};
 pub use completion::{Completion, Receipt};
-pub(crate) use completion::{Helper, Ticket, WriteBack};
+pub(crate) use completion::{Helper, Ticket, WriteBack, contained};
 pub(crate) use registry::{Placement, factory, make};
 pub use registry::{create, is_backend_available, register_backend};
 

@@ -296,9 +296,15 @@ fn first_cause(crew: &mut Crew, order: &[usize], success: i32) -> Option<Failure
     (own < failures.len()).then(|| failures.swap_remove(own))
 }
 
-/// Whether a rank failed because another one was lost, as far as its words tell.
+/// Whether a rank failed because another one was lost or left, as far as its words tell.
 fn blames_another(failure: &Failure) -> bool {
-    const WORDS: [&str; 4] = ["PeerLost", "Poisoned", "was lost during", "failed before and cannot be used"];
+    const WORDS: [&str; 5] = [
+        "PeerLost",
+        "Poisoned",
+        "was lost during",
+        "failed before and cannot be used",
+        "nothing (it left the group after",
+    ];
     if failure.status.signal().is_some() {
         return false;
     }

@@ -19,6 +19,8 @@ pub(crate) enum Cause {
         seq: u64,
         /// The fingerprint of each rank's call.
         calls: Vec<Option<u128>>,
+        /// The ranks that left the group before, each after how many calls.
+        gone: Vec<(usize, u64)>,
     },
     /// Two ranks disagree about a message between them.
     Disagree {
@@ -82,7 +84,7 @@ impl Cause {
     /// The error that `rank` sees, whose call with this stamp (if any) it ended.
     pub(crate) fn error(&self, rank: usize, ours: Option<Stamp>) -> Error {
         match self {
-            Self::Desync { seq, calls } => desync(*seq, calls, rank),
+            Self::Desync { seq, calls, gone } => desync(*seq, calls, gone, rank),
             Self::Disagree { op, seq, by, with } => {
                 let (theirs, ours) = if with.0 == rank { (by, &with.1) } else { (with, &by.1) };
                 Error::Desync {
@@ -115,6 +117,24 @@ impl Cause {
         }
     }
 
+    /// The same in fewer words, where all of them are too many to tell.
+    pub(crate) fn shortened(&self) -> Self {
+        let cut = |words: &str| words.chars().take(1000).collect::<String>();
+        match self.clone() {
+            // Whom rank 0 would name.
+            Self::Desync { .. } => Self::of(&self.error(0, None), 0),
+            Self::Disagree { op, seq, by, with } => {
+                Self::Disagree { op, seq, by: (by.0, cut(&by.1)), with: (with.0, cut(&with.1)) }
+            }
+            Self::Lost { rank, words, after } => Self::Lost { rank, words: cut(&words), after },
+            Self::Timeout { op, seq, elapsed, mut missing } => {
+                missing.truncate(1000);
+                Self::Timeout { op, seq, elapsed, missing }
+            }
+            Self::Aborted => Self::Aborted,
+        }
+    }
+
     /// The same, shared.
     pub(crate) fn shared(&self, rank: usize, ours: Option<Stamp>) -> Arc<Error> {
         Arc::new(self.error(rank, ours))
@@ -123,24 +143,41 @@ impl Cause {
 
 /// The verdict as `rank` sees it: the ranks that agree name the odd one; the odd one names the first
 /// of those it differs from.
-fn desync(seq: u64, calls: &[Option<u128>], rank: usize) -> Error {
+fn desync(seq: u64, calls: &[Option<u128>], gone: &[(usize, u64)], rank: usize) -> Error {
     let ours = calls.get(rank).copied().flatten();
     let votes = |call: Option<u128>| calls.iter().filter(|&&c| c == call).count();
     let alone = |call: Option<u128>| std::cmp::Reverse(votes(call));
-    // The one with the fewest votes that differs from us; the first of them where several do.
+    let after = |rank: usize| gone.iter().find(|(r, _)| *r == rank).map(|(_, calls)| *calls);
+    // The one with the fewest votes that differs from us; the first of them where several do. Who has
+    // called nothing may still come, unless it has left.
     let odd = (0..calls.len()).filter(|&r| calls[r] != ours).max_by_key(|&r| {
         let seen = calls[r].is_some();
-        (seen, alone(calls[r]), std::cmp::Reverse(r))
+        (seen, after(r).is_some(), alone(calls[r]), std::cmp::Reverse(r))
     });
-    let tell = |call: Option<u128>| call.map_or_else(|| "nothing".to_owned(), stamp::words);
+    let tell = |rank: usize| match (calls.get(rank).copied().flatten(), after(rank)) {
+        (Some(call), _) => stamp::words(call),
+        (None, Some(calls)) => words_of_absence(calls),
+        (None, None) => "nothing".to_owned(),
+    };
     let odd = odd.unwrap_or(rank);
     Error::Desync {
         op: ours.or(calls.get(odd).copied().flatten()).map_or("no operation", stamp::op_name).to_owned(),
         seq,
         rank: odd,
-        theirs: tell(calls.get(odd).copied().flatten()),
-        ours: tell(ours),
+        theirs: tell(odd),
+        ours: tell(rank),
     }
+}
+
+/// What a rank called that is alive and has left the group after this many calls.
+pub(super) fn words_of_absence(calls: u64) -> String {
+    let plural = if calls == 1 { "call" } else { "calls" };
+    format!("nothing (it left the group after {calls} {plural})")
+}
+
+/// The finding that a rank ended without a word, or with these of the system.
+pub(super) fn lost(rank: usize, words: &str) -> Error {
+    Error::PeerLost { rank, op: String::new(), source: Some(io::Error::other(words.to_owned())) }
 }
 
 #[cfg(test)]
@@ -151,7 +188,7 @@ mod tests {
     fn the_ranks_that_agree_name_the_odd_one() {
         let barrier = Some(8);
         let broadcast = Some(2 | 6 << 4 | 1 << 20 | 4 << 44);
-        let cause = Cause::Desync { seq: 9, calls: vec![barrier, broadcast, barrier] };
+        let cause = Cause::Desync { seq: 9, calls: vec![barrier, broadcast, barrier], gone: vec![] };
         for (rank, named) in [(0, 1), (1, 0), (2, 1)] {
             let Error::Desync { seq: 9, rank: odd, theirs, ours, .. } = cause.error(rank, None) else {
                 panic!("not a desync")
@@ -163,17 +200,25 @@ mod tests {
 
     #[test]
     fn a_failure_spares_the_calls_before_the_one_that_it_is_about() {
-        assert_eq!(Cause::Desync { seq: 9, calls: Vec::new() }.spares(), 8);
+        assert_eq!(Cause::Desync { seq: 9, calls: Vec::new(), gone: Vec::new() }.spares(), 8);
         assert_eq!(Cause::Lost { rank: 1, words: String::new(), after: 4 }.spares(), 4);
         assert_eq!(Cause::Aborted.spares(), 0, "an abort ends whatever there is");
     }
 
     #[test]
     fn a_rank_that_called_nothing_is_named_where_all_others_agree() {
-        let cause = Cause::Desync { seq: 2, calls: vec![Some(8), None, Some(8)] };
+        let cause = Cause::Desync { seq: 2, calls: vec![Some(8), None, Some(8)], gone: vec![] };
         let Error::Desync { rank: 1, theirs, ours, .. } = cause.error(0, None) else { panic!() };
         assert_eq!((theirs.as_str(), ours.as_str()), ("nothing", "barrier"));
         let Error::Desync { rank: 0, op, .. } = cause.error(1, None) else { panic!() };
         assert_eq!(op, "barrier");
+    }
+
+    #[test]
+    fn of_two_that_called_nothing_the_one_that_left_is_named() {
+        let calls = vec![Some(8), None, None, Some(8)];
+        let cause = Cause::Desync { seq: 5, calls, gone: vec![(2, 4)] };
+        let Error::Desync { rank: 2, theirs, .. } = cause.error(0, None) else { panic!() };
+        assert_eq!(theirs, "nothing (it left the group after 4 calls)");
     }
 }

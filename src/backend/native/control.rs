@@ -62,8 +62,8 @@ pub(crate) trait Control: Send + Sync {
     /// A pending message whose deadline has passed.
     fn overdue(&self, now: Instant) -> Option<Overdue>;
 
-    /// A peer that is not there any more and whose message is waited for.
-    fn stranded(&self) -> Option<usize>;
+    /// A message of this rank that waits for a peer that is not there any more.
+    fn stranded(&self) -> Option<Stranded>;
 
     /// How many messages have not ended.
     fn pending(&self) -> usize;
@@ -73,6 +73,26 @@ pub(crate) trait Control: Send + Sync {
 
     /// Closes the group for this rank, after `completed` calls.
     fn close(&self, completed: u64);
+}
+
+/// A message whose other side does not come.
+#[derive(Clone, Debug)]
+pub(crate) struct Stranded {
+    /// What it is, in words.
+    pub(crate) what: String,
+    /// The peer that is gone.
+    pub(crate) peer: usize,
+}
+
+/// For whom a receive from any rank waits in vain: a peer that ended without a word (the group has lost
+/// it), or the first where all have left.
+pub(crate) fn nobody_sends(presence: &[Presence], own: usize) -> Option<usize> {
+    let mut others = presence.iter().enumerate().filter(|&(rank, _)| rank != own);
+    if let Some((lost, _)) = others.clone().find(|(_, p)| matches!(p, Presence::Lost(_))) {
+        return Some(lost);
+    }
+    let first = others.clone().next().map(|(rank, _)| rank);
+    first.filter(|_| others.all(|(_, p)| *p != Presence::Here))
 }
 
 /// A message that did not come in time.

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::cause::Cause;
-use super::control::Presence;
+use super::cause::{Cause, lost, words_of_absence};
+use super::control::{Presence, Stranded};
 use super::engine::Engine;
 use super::transport::Stamp;
 use crate::Error;
@@ -36,20 +36,28 @@ impl Diagnosis {
             _ => stamp.seq,
         };
         let now = Instant::now();
+        engine.examine();
         engine.control.ask(seq);
         let grace = if matches!(finding, Error::Aborted) { GRACE * WITHDRAWN } else { GRACE };
         Self { finding, stamp, seq, entered, until: now + grace, ask: now + AGAIN, heard: false }
     }
 
-    /// The failure when a message is waited for from a peer that is gone.
-    pub(crate) fn absent_peer(engine: &Engine, rank: usize) -> Error {
-        let words = match engine.control.presence().swap_remove(rank) {
-            Presence::Here => String::new(),
-            Presence::Left(_) => "it has shut the group down".to_owned(),
-            Presence::Closed(_) => "it closed the group without a shutdown".to_owned(),
-            Presence::Lost(words) => words,
-        };
-        Error::PeerLost { rank, op: String::new(), source: Some(std::io::Error::other(words)) }
+    /// The failure when a message waits for a peer that is gone: one that left is not lost, it did not
+    /// do its side.
+    pub(crate) fn absent_peer(engine: &Engine, stranded: Stranded) -> Error {
+        let Stranded { what, peer } = stranded;
+        match engine.control.presence().swap_remove(peer) {
+            Presence::Left(calls) | Presence::Closed(calls) => Error::Desync {
+                op: what.split(' ').next().unwrap_or_default().to_owned(),
+                // What was called before it left has nothing to do with this.
+                seq: calls + 1,
+                rank: peer,
+                theirs: words_of_absence(calls),
+                ours: what,
+            },
+            Presence::Lost(words) => lost(peer, &words),
+            Presence::Here => lost(peer, ""),
+        }
     }
 
     /// The verdict, once there is one; the group has failed then.
@@ -66,6 +74,13 @@ impl Diagnosis {
                 self.until = now + GRACE;
             }
             return None;
+        }
+        if let Error::PeerLost { rank, .. } = self.finding
+            && let Presence::Left(calls) | Presence::Closed(calls) = engine.control.presence()[rank]
+            && calls < self.seq
+        {
+            // Its connection has ended because it left, not because it died.
+            self.finding = engine.not_called(rank, self.seq, calls);
         }
         let (cause, error) = match &self.finding {
             Error::Desync { .. } => (self.vote(engine, late)?, None),
@@ -115,7 +130,11 @@ impl Diagnosis {
             // All agree on the call: the two disagree about a message in it.
             return Some(Cause::of(&self.finding, engine.rank));
         }
-        Some(Cause::Desync { seq: self.seq, calls })
+        let gone = presence.iter().enumerate().filter_map(|(rank, presence)| match *presence {
+            Presence::Left(calls) | Presence::Closed(calls) if calls < self.seq => Some((rank, calls)),
+            _ => None,
+        });
+        Some(Cause::Desync { seq: self.seq, calls, gone: gone.collect() })
     }
 
     /// Who has not come, once all that can have answered.

@@ -6,14 +6,14 @@
 //! turn for it. What goes over the wire is the same.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use tch::{Kind, Tensor};
 
-use super::cause::Cause;
+use super::cause::{Cause, lost, words_of_absence};
 use super::control::{Control, Listener, Presence};
 use super::diagnosis::Diagnosis;
 use super::ledger::Ledger;
@@ -51,10 +51,16 @@ pub(crate) struct Engine {
     enlisted: AtomicBool,
     /// Point-to-point messages may be pending.
     transfers: AtomicBool,
+    /// How many threads are posting messages now.
+    posting: AtomicUsize,
     /// When deadlines of messages are looked at next.
     look: Mutex<Option<Instant>>,
     /// What a peer that is gone makes of the call in progress.
     inquest: Mutex<Option<Inquest>>,
+    /// Why the call in front does not end, where one behind it is overdue.
+    overdue: Mutex<Option<Diagnosis>>,
+    /// Whether a first finding is under diagnosis: its verdict ends every call.
+    examined: AtomicBool,
     /// The backend was dropped: close when nothing is pending.
     dropped: AtomicBool,
     this: Weak<Self>,
@@ -75,8 +81,8 @@ struct Pending {
 }
 
 impl Pending {
-    fn deadline(&self) -> Option<Instant> {
-        self.entered.checked_add(self.call.timeout)
+    fn deadline(&self) -> Instant {
+        self.entered.checked_add(self.call.timeout).unwrap_or_else(|| far(self.entered))
     }
 }
 
@@ -160,8 +166,11 @@ impl Engine {
             told: AtomicBool::new(false),
             enlisted: AtomicBool::new(false),
             transfers: AtomicBool::new(false),
+            posting: AtomicUsize::new(0),
             look: Mutex::new(None),
             inquest: Mutex::new(None),
+            overdue: Mutex::new(None),
+            examined: AtomicBool::new(false),
             dropped: AtomicBool::new(false),
             this: this.clone(),
         });
@@ -172,7 +181,7 @@ impl Engine {
     }
 
     fn flag(&self, flag: u8) -> bool {
-        self.flags.load(Ordering::Acquire) & flag != 0
+        self.flags.load(Ordering::SeqCst) & flag != 0
     }
 
     /// Puts this group on the progress engine's list.
@@ -205,6 +214,16 @@ impl Engine {
         let stamp = Stamp { seq: queue.seq, fingerprint: stamp::fingerprint(call) };
         self.ledger.enter(stamp);
         stamp
+    }
+
+    /// The stamp of a call by its number.
+    fn stamp_of(&self, seq: u64) -> Stamp {
+        Stamp { seq, fingerprint: self.ledger.call(seq).unwrap_or(stamp::UNKNOWN) }
+    }
+
+    /// A finding is about to be looked into: nobody else needs to.
+    pub(super) fn examine(&self) {
+        self.examined.store(true, Ordering::SeqCst);
     }
 
     /// Runs a call on this thread if the group is idle; else queues it and waits.
@@ -311,15 +330,8 @@ impl Engine {
     pub(super) fn absent(&self, seq: u64) -> Option<Error> {
         self.control.presence().into_iter().enumerate().find_map(|(rank, presence)| match presence {
             Presence::Here => None,
-            Presence::Left(calls) => (calls < seq).then(|| Error::Desync {
-                op: String::new(),
-                seq,
-                rank,
-                theirs: format!("nothing (it left after {calls} calls)"),
-                ours: self.ledger.call(seq).map(stamp::words).unwrap_or_default(),
-            }),
-            Presence::Closed(completed) => {
-                (completed < seq).then(|| lost(rank, "it closed the group without a shutdown"))
+            Presence::Left(calls) | Presence::Closed(calls) => {
+                (calls < seq).then(|| self.not_called(rank, seq, calls))
             }
             Presence::Lost(words) => Some(lost(rank, &words)),
         })
@@ -330,9 +342,24 @@ impl Engine {
         self.transport.allocate(size, kind)
     }
 
+    /// The finding that a rank has left the group before call `seq`. It is alive: not lost to others.
+    pub(super) fn not_called(&self, rank: usize, seq: u64, calls: u64) -> Error {
+        Error::Desync {
+            op: stamp::op_name(self.stamp_of(seq).fingerprint).to_owned(),
+            seq,
+            rank,
+            theirs: words_of_absence(calls),
+            ours: self.ledger.call(seq).map_or_else(|| "nothing".to_owned(), stamp::words),
+        }
+    }
+
     /// Starts point-to-point messages.
     pub(crate) fn transfer(&self, transfers: Vec<Transfer>) {
-        if let Some(error) = self.refusal() {
+        // Whoever shuts the group down on another thread waits for this, or is seen here.
+        self.posting.fetch_add(1, Ordering::SeqCst);
+        let refusal = self.refusal();
+        if let Some(error) = refusal {
+            self.posting.fetch_sub(1, Ordering::SeqCst);
             for transfer in transfers {
                 transfer.done.complete(Err(error.duplicate()));
             }
@@ -343,6 +370,7 @@ impl Engine {
         }
         let soon = transfers.iter().any(|t| t.timeout < LOOK);
         self.control.transfer(transfers);
+        self.posting.fetch_sub(1, Ordering::SeqCst);
         if let Some(error) = self.failure() {
             // It came in between.
             self.control.fail_transfers(&error);
@@ -477,7 +505,6 @@ impl Engine {
         if self.flag(FAILED | CLOSED) {
             return Ok(());
         }
-        let label = |seq| Stamp { seq, fingerprint: self.ledger.call(seq).unwrap_or(stamp::UNKNOWN) };
         let mut nap = Duration::from_micros(20);
         let mut rest = |engine: &Self| {
             std::thread::sleep(nap);
@@ -488,15 +515,19 @@ impl Engine {
         let calls = loop {
             {
                 let queue = self.queue.lock();
-                if !queue.taken && queue.pending.is_empty() && self.control.pending() == 0 {
+                let quiet = || self.posting.load(Ordering::SeqCst) == 0 && self.control.pending() == 0;
+                if !queue.taken && queue.pending.is_empty() && quiet() {
                     self.flags.fetch_or(CLOSED, Ordering::SeqCst);
-                    break queue.seq;
+                    // Who began to post a message before it could see that is waited for.
+                    if quiet() {
+                        break queue.seq;
+                    }
+                    self.flags.fetch_and(!CLOSED, Ordering::SeqCst);
                 }
             }
             if rest(self) {
-                return Err(
-                    self.conclude(timed_out(label(self.ledger.entered()), timeout_of(entered)), entered)
-                );
+                let stamp = self.stamp_of(self.ledger.entered());
+                return Err(self.conclude(timed_out(stamp, timeout_of(entered)), entered));
             }
         };
         self.control.leave(calls);
@@ -504,16 +535,16 @@ impl Engine {
         let finding = loop {
             let presence = self.control.presence();
             let absent = presence.iter().enumerate().find_map(|(rank, p)| match p {
-                Presence::Left(theirs) if *theirs != calls => Some(Error::Desync {
-                    op: String::new(),
-                    seq: calls.min(*theirs) + 1,
-                    rank,
-                    theirs: String::new(),
-                    ours: String::new(),
-                }),
-                Presence::Closed(theirs) if *theirs < calls => {
-                    Some(lost(rank, "it closed the group without a shutdown"))
+                Presence::Left(theirs) | Presence::Closed(theirs) if *theirs < calls => {
+                    Some(self.not_called(rank, *theirs + 1, *theirs))
                 }
+                Presence::Left(theirs) if *theirs > calls => Some(Error::Desync {
+                    op: String::new(),
+                    seq: calls + 1,
+                    rank,
+                    theirs: format!("more ({theirs} calls before it left the group)"),
+                    ours: words_of_absence(calls),
+                }),
                 Presence::Lost(words) => Some(lost(rank, words)),
                 _ => None,
             });
@@ -548,7 +579,7 @@ impl Engine {
             Error::Desync { seq, .. } | Error::Timeout { seq, .. } => *seq,
             _ => self.ledger.entered(),
         };
-        let stamp = Stamp { seq, fingerprint: self.ledger.call(seq).unwrap_or(stamp::UNKNOWN) };
+        let stamp = self.stamp_of(seq);
         let mut diagnosis = Diagnosis::new(self, finding, stamp, entered);
         loop {
             if let Some(error) = diagnosis.advance(self) {
@@ -581,10 +612,6 @@ impl Engine {
 
 fn timeout_of(entered: Instant) -> Duration {
     Instant::now().duration_since(entered)
-}
-
-fn lost(rank: usize, words: &str) -> Error {
-    Error::PeerLost { rank, op: String::new(), source: Some(std::io::Error::other(words.to_owned())) }
 }
 
 /// The first finding of a deadline that has passed.
@@ -685,6 +712,14 @@ impl Task for Engine {
     fn watch(&self, set: &mut Vec<Watch>) -> bool {
         self.active.lock().is_none() || self.transport.watch(set)
     }
+
+    fn broken(&self, why: &Error) {
+        self.enlisted.store(false, Ordering::SeqCst);
+        self.fail(Cause::of(why, self.rank), None);
+        let Some(Active { run, stamp, done, .. }) = self.active.lock().take() else { return };
+        drop(run);
+        done.complete(Err(self.failed(Some(stamp)).unwrap_or(Error::Aborted)));
+    }
 }
 
 enum Step {
@@ -749,20 +784,28 @@ impl Engine {
         None
     }
 
-    /// Looks at the deadlines of queued calls: the earliest that is still to come.
+    /// Looks at the deadlines of queued calls: when to look again.
     fn watch_pending(&self, now: Instant) -> Option<Instant> {
+        let soon = now + Duration::from_millis(1);
+        let mut diagnosis = self.overdue.lock();
+        if let Some(diagnosis) = &mut *diagnosis {
+            return diagnosis.advance(self).is_none().then_some(soon);
+        }
         let (first, overdue) = {
             let queue = self.queue.lock();
-            let first = queue.pending.iter().filter_map(Pending::deadline).min()?;
-            let overdue = queue.pending.iter().find(|p| p.deadline().is_some_and(|d| d <= now));
-            (first, overdue.map(|p| (p.stamp, p.entered)))
+            let first = queue.pending.iter().map(Pending::deadline).min()?;
+            let overdue = queue.pending.iter().find(|p| p.deadline() <= now);
+            (first, overdue.map(|p| p.entered))
         };
-        if let Some((stamp, entered)) = overdue {
-            // What it waits for is the call in front of it.
-            let error = Arc::new(timed_out(stamp, now.duration_since(entered)));
-            self.fail(Cause::of(&error, self.rank), Some(error));
+        let Some(entered) = overdue else { return Some(first) };
+        if !self.examined.load(Ordering::SeqCst) {
+            // What it waits for is the call in front of it: who has not come to that one is missing.
+            let seq = self.ledger.completed() + 1;
+            let stamp = self.stamp_of(seq);
+            let finding = timed_out(stamp, now.duration_since(entered));
+            *diagnosis = Some(Diagnosis::new(self, finding, stamp, entered));
         }
-        Some(first)
+        Some(soon)
     }
 
     /// Looks at what is under way, where peers are gone: whether it can still end.
@@ -770,8 +813,8 @@ impl Engine {
         if !self.flag(ABSENT) || self.flag(FAILED | CLOSED) {
             return None;
         }
-        if let Some(rank) = self.control.stranded() {
-            let error = Diagnosis::absent_peer(self, rank);
+        if let Some(stranded) = self.control.stranded() {
+            let error = Diagnosis::absent_peer(self, stranded);
             self.fail(Cause::of(&error, self.rank), None);
             return None;
         }
@@ -792,7 +835,7 @@ impl Engine {
         if without_a_word && now < inquest.since + PATIENCE {
             return Some(inquest.since + PATIENCE);
         }
-        let stamp = Stamp { seq, fingerprint: self.ledger.call(seq).unwrap_or(stamp::UNKNOWN) };
+        let stamp = self.stamp_of(seq);
         let diagnosis =
             inquest.diagnosis.get_or_insert_with(|| Diagnosis::new(self, error, stamp, inquest.since));
         match diagnosis.advance(self) {

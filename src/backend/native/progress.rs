@@ -14,6 +14,8 @@ use parking_lot::Mutex;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
 use super::transport::Watch;
+use crate::Error;
+use crate::backend::contained;
 
 /// Something to drive. Never blocks.
 pub(crate) trait Task: Send + Sync {
@@ -22,6 +24,9 @@ pub(crate) trait Task: Send + Sync {
 
     /// Adds the descriptors to sleep on; false where the task has to be looked at again soon.
     fn watch(&self, set: &mut Vec<Watch>) -> bool;
+
+    /// It panicked in its turn and gets no more: ends what it had under way.
+    fn broken(&self, why: &Error);
 }
 
 /// What a task did in its turn.
@@ -135,10 +140,18 @@ impl Progress {
         tasks.retain(|task| {
             let ready = look || at >= known || ready.get(at).copied().unwrap_or(false);
             at += 1;
-            match task.advance(ready) {
-                Turn::Moved => moved = true,
-                Turn::Idle(when) => until = [until, when].into_iter().flatten().min(),
-                Turn::Ended => return false,
+            // One task's fault must not end the thread: it drives all groups of the process.
+            match contained(|| task.advance(ready)) {
+                Ok(Turn::Moved) => moved = true,
+                Ok(Turn::Idle(when)) => until = [until, when].into_iter().flatten().min(),
+                Ok(Turn::Ended) => return false,
+                Err(why) => {
+                    tracing::error!(%why, "a task of the progress engine panicked");
+                    if let Err(error) = contained(|| task.broken(&why)) {
+                        tracing::error!(%error, "it could not be ended");
+                    }
+                    return false;
+                }
             }
             true
         });

@@ -212,7 +212,7 @@ impl<'a> Machine<'a> {
         let sizes = inner.segment.sizes(rank, self.round);
         // SAFETY: as in `header`; there are as many as ranks.
         let size = |r| unsafe { sizes.add(r).read() as usize };
-        ((0..reader).map(size).sum(), size(reader))
+        ((0..reader).map(size).fold(0, usize::saturating_add), size(reader))
     }
 
     /// Compares another rank's header with this call; returns how many steps that rank needs.
@@ -235,6 +235,19 @@ impl<'a> Machine<'a> {
         }
         // What one has for another and the other expects.
         let bytes = (header.extent >> STEP_BITS) as usize;
+        let steps = (header.extent & ((1 << STEP_BITS) - 1)) as usize;
+        let (at, len) = match self.call.op {
+            Op::Scatter { src } if src != rank => (0, 0),
+            op if by_rank(op) => self.size_for(inner, rank, inner.rank),
+            _ => (0, 0),
+        };
+        // It lies within what the peer has, and where that is not cut into steps behind its header.
+        let end = at.saturating_add(len);
+        if len > 0 && (end > bytes || (steps == 0 && end > SMALL)) {
+            let words = "what it wrote into the shared memory makes no sense";
+            let source = Some(std::io::Error::new(std::io::ErrorKind::InvalidData, words));
+            return Err(Error::PeerLost { rank, op: String::new(), source });
+        }
         let outputs = &self.call.outputs;
         let (theirs, ours) = match self.call.op {
             Op::AllGather => (bytes, segment_bytes(&outputs[rank])),
@@ -258,7 +271,7 @@ impl<'a> Machine<'a> {
                 format!("{name} with {ours} bytes expected from rank {rank}"),
             ));
         }
-        Ok((header.extent & ((1 << STEP_BITS) - 1)) as usize)
+        Ok(steps)
     }
 
     fn factor(&self, inner: &Inner, rank: usize) -> f64 {

@@ -19,8 +19,9 @@ mod stages;
 mod tests;
 mod wait;
 
+use std::iter::once;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence};
 use std::time::Instant;
 
 use parking_lot::Mutex;
@@ -31,7 +32,7 @@ pub(crate) use connect::connect;
 use self::bell::RankBell;
 use self::door::Doors;
 use self::machine::Machine;
-use self::protocol::{arm, doze, ring, watch};
+use self::protocol::{Word, arm, doze, ring, tell, watch};
 use self::segment::Segment;
 use self::site::Atlas;
 use self::wait::{Next, Wait};
@@ -70,7 +71,8 @@ struct Inner {
     ended: AtomicU64,
     /// How many runs there are: whether `park` may find its bell awake because it was rung.
     runs: AtomicUsize,
-    failed: AtomicBool,
+    /// 1 once the group has failed.
+    failed: AtomicU64,
     interrupted: AtomicBool,
     /// The other ranks' memory for tensors, as far as it was seen.
     atlas: Mutex<Atlas>,
@@ -91,7 +93,7 @@ impl Inner {
             begun: AtomicU64::new(0),
             ended: AtomicU64::new(0),
             runs: AtomicUsize::new(0),
-            failed: AtomicBool::new(false),
+            failed: AtomicU64::new(0),
             interrupted: AtomicBool::new(false),
             atlas: Mutex::default(),
             _reserved: reserved,
@@ -111,7 +113,7 @@ impl Inner {
     }
 
     fn failed(&self) -> bool {
-        self.failed.load(Ordering::Acquire)
+        self.failed.read() != 0
     }
 
     fn bell_of(&self, rank: usize) -> RankBell<'_> {
@@ -151,7 +153,7 @@ impl Inner {
                 }
                 Progress::Idle => {
                     let next =
-                        if armed { Wait::sleep(self, deadline.at()) } else { wait.idle(self, deadline)? };
+                        if armed { Wait::sleep(self, deadline.at())? } else { wait.idle(self, deadline)? };
                     armed = next == Next::LookThenSleep;
                     if next == Next::Late {
                         return Err(machine.timed_out(self));
@@ -195,6 +197,8 @@ impl Transport for SharedMemory {
 
     fn interrupt(&self) {
         self.inner.interrupted.store(true, Ordering::SeqCst);
+        // The bell is looked at after the flag can be seen.
+        fence(Ordering::SeqCst);
         ring(&self.inner.bell());
     }
 
@@ -208,7 +212,7 @@ impl Transport for SharedMemory {
     }
 
     fn fail(&self) {
-        self.inner.failed.store(true, Ordering::SeqCst);
+        tell(&self.inner.failed, 1, once(self.inner.bell()));
         self.interrupt();
     }
 }

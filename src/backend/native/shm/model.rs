@@ -237,6 +237,25 @@ fn a_rank_that_sleeps_is_always_woken() {
 }
 
 #[test]
+fn a_rank_whose_peer_never_comes_is_woken_by_a_failure() {
+    check(|| {
+        let failed = Arc::new((AtomicU64::new(0), Area::new()));
+        let shared = failed.clone();
+        let other = thread::spawn(move || tell(&shared.0, 1, once(&shared.1.bell)));
+        let (failed, mine) = &*failed;
+        loop {
+            arm(&&mine.bell);
+            // Its flag is looked at here, in vain; then the failure, after arming as well.
+            if mine.flags[0].read() != 0 || failed.read() != 0 {
+                break;
+            }
+            doze(&&mine.bell, 0);
+        }
+        other.join().unwrap();
+    });
+}
+
+#[test]
 fn a_progress_engine_that_sleeps_on_descriptors_is_always_woken() {
     two_ranks(|mine, theirs| {
         for round in 1..=2_u64 {

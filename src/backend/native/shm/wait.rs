@@ -93,13 +93,18 @@ impl Wait {
         Ok(Next::Look)
     }
 
-    /// Sleeps until a bell rings, or for as long as `until` is away.
-    pub(super) fn sleep(inner: &Inner, until: Instant) -> Next {
+    /// Sleeps until a bell rings, or for as long as `until` is away. The bell is armed, and what is
+    /// waited for was looked at since.
+    pub(super) fn sleep(inner: &Inner, until: Instant) -> Result<Next> {
+        // The failure is something that is waited for too.
+        if inner.failed() {
+            return Err(Error::Aborted);
+        }
         let left = until.saturating_duration_since(Instant::now());
         if left.is_zero() {
-            return Next::Late;
+            return Ok(Next::Late);
         }
         doze(&inner.bell(), u64::try_from(left.as_nanos()).unwrap_or(u64::MAX));
-        Next::Look
+        Ok(Next::Look)
     }
 }

@@ -11,6 +11,8 @@ use super::wire::{self, LONGEST, Note};
 use crate::backend::native::memory::Piece;
 use crate::backend::native::p2p::Pattern;
 
+/// How often a line is read before the others have their turn.
+const READS: usize = 32;
 /// How many bytes of a message go between two notes.
 const CHUNK: usize = 256 << 10;
 
@@ -159,7 +161,7 @@ impl Line {
     pub(super) fn give_up(&mut self) {
         self.streams.clear();
         if let Some(out) = &mut self.current
-            && let Some(piece) = out.body.take()
+            && let Some(piece) = out.body.take().filter(|piece| piece.len > 0)
         {
             // SAFETY: the buffer still lives; it is let go of after this.
             out.head.extend_from_slice(unsafe { std::slice::from_raw_parts(piece.ptr, piece.len) });
@@ -169,9 +171,12 @@ impl Line {
         }
     }
 
-    /// Reads what has come.
+    /// Reads what has come, or much of it: the rest finds the descriptor still ready.
     pub(super) fn read(&mut self, messages: &mut Messages, deeds: &mut Vec<Deed>, events: &mut Vec<Event>) {
-        while !self.ended {
+        for _ in 0..READS {
+            if self.ended {
+                return;
+            }
             let more = match self.digest(messages, deeds, events) {
                 Ok(()) => self.fill(messages, deeds),
                 Err(error) => Err(error),

@@ -14,7 +14,7 @@ use super::streams::Streams;
 use super::wire::Note;
 use crate::backend::native::bulk::Bulk;
 use crate::backend::native::cause::Cause;
-use crate::backend::native::control::{Control, Listener, Overdue, Presence};
+use crate::backend::native::control::{Control, Listener, Overdue, Presence, Stranded, nobody_sends};
 use crate::backend::native::ledger::{Ledger, Report};
 use crate::backend::native::progress::{self, Task, Turn};
 use crate::backend::native::transport::Watch;
@@ -372,9 +372,10 @@ impl Control for SocketControl {
         self.state.lock().messages.overdue(now)
     }
 
-    fn stranded(&self) -> Option<usize> {
+    fn stranded(&self) -> Option<Stranded> {
         let state = self.state.lock();
-        state.messages.waits_for(|peer| state.presence[peer] != Presence::Here)
+        let nobody = nobody_sends(&state.presence, self.rank);
+        state.messages.stranded(|peer| state.presence[peer] != Presence::Here, nobody)
     }
 
     fn pending(&self) -> usize {
@@ -448,6 +449,12 @@ impl Task for SocketControl {
             set.extend(kept.map(|watch| Watch { read: false, ..watch }));
         }
         !state.streaming()
+    }
+
+    fn broken(&self, why: &Error) {
+        if let Some(listener) = self.listener.get().and_then(Weak::upgrade) {
+            listener.failed(&Cause::of(why, self.rank));
+        }
     }
 }
 

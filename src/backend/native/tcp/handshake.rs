@@ -34,9 +34,14 @@ const MAGIC: &[u8; 8] = b"tchdist\x01";
 /// Magic (8), token with every bit turned (16).
 const WELCOME: usize = 24;
 
+/// How often a peer that hung up is called again, and how long that may take.
+const REDIALS: u32 = 3;
+const REDIAL: Duration = Duration::from_secs(10);
+
 /// How long a caller may take to say hello.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// How many callers that have not said hello are kept; beyond, the oldest is closed on.
+/// How many callers that have been heard and have not said all of a hello are kept, besides as many as
+/// may call with reason; beyond, the oldest is closed on.
 const STRANGERS: usize = 64;
 
 fn hello(token: u128, rank: usize, called: usize, channel: Channel) -> [u8; HELLO] {
@@ -102,9 +107,10 @@ pub(crate) fn connect(
     desk.serve(meeting, &listener, &expected)?;
     // The ranks below have said welcome by now, or will.
     for peer in 0..rank {
-        for sockets in &mut desk.sockets {
+        for (n, sockets) in desk.sockets.iter_mut().enumerate() {
             if let Some(fd) = sockets[peer].take() {
-                sockets[peer] = Some(welcomed(meeting, peer, fd, token)?);
+                let again = || dial(&addresses[peer], &hello(token, rank, peer, channels[n]));
+                sockets[peer] = Some(welcomed(meeting, peer, fd, token, again)?);
             }
         }
     }
@@ -138,21 +144,50 @@ fn call(meeting: &Meeting, peer: usize, address: &Address) -> Result<Socket> {
     }
 }
 
-/// Waits for a peer's welcome.
-fn welcomed(meeting: &Meeting, peer: usize, fd: OwnedFd, token: u128) -> Result<OwnedFd> {
+/// Calls once more and says hello: whoever hung up is there, or is not.
+fn dial(address: &Address, hello: &[u8]) -> io::Result<OwnedFd> {
+    let (mut socket, at) = limit::open(|| address.to_socket())?;
+    match address {
+        Address::Local(_) => socket.connect(&at)?,
+        Address::Internet(_) => socket.connect_timeout(&at, REDIAL)?,
+    }
+    socket.write_all(hello)?;
+    Ok(socket.into())
+}
+
+/// Waits for a peer's welcome. A peer that hangs up may have taken this rank for a stranger among many:
+/// it is called `again`, some times.
+fn welcomed(
+    meeting: &Meeting,
+    peer: usize,
+    fd: OwnedFd,
+    token: u128,
+    again: impl Fn() -> io::Result<OwnedFd>,
+) -> Result<OwnedFd> {
     let mut socket = Socket::from(fd);
-    let left = meeting.deadline().saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
-    socket.set_read_timeout(Some(left))?;
-    let mut said = [0; WELCOME];
-    match socket.read_exact(&mut said) {
-        Ok(()) if said == welcome(token) => Ok(socket.into()),
-        Ok(()) => {
-            Err(meeting.failed(&format!("what answers at the address of rank {peer} is not of this job")))
+    let mut tries = 0;
+    loop {
+        let left = meeting.deadline().saturating_duration_since(Instant::now());
+        socket.set_read_timeout(Some(left.max(Duration::from_millis(1))))?;
+        let mut said = [0; WELCOME];
+        let error = match socket.read_exact(&mut said) {
+            Ok(()) if said == welcome(token) => return Ok(socket.into()),
+            Ok(()) => {
+                let who = format!("what answers at the address of rank {peer} is not of this job");
+                return Err(meeting.failed(&who));
+            }
+            Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
+                return Err(meeting.timeout(vec![peer]));
+            }
+            Err(error) => error,
+        };
+        let hung_up = |error: &io::Error| meeting.failed(&format!("rank {peer} hung up: {error}"));
+        if tries == REDIALS {
+            return Err(hung_up(&error));
         }
-        Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
-            Err(meeting.timeout(vec![peer]))
-        }
-        Err(e) => Err(meeting.failed(&format!("rank {peer} hung up: {e}"))),
+        std::thread::sleep(Duration::from_millis(50 << tries));
+        tries += 1;
+        socket = again().map_err(|_| hung_up(&error))?.into();
     }
 }
 
@@ -188,11 +223,11 @@ impl Desk<'_> {
             set.extend(self.callers.iter().map(|c| Watch { fd: c.socket.clone(), read: true, write: false }));
             wait(&set, None, meeting.deadline().min(now + Duration::from_millis(500)));
             drop(set);
-            self.accept(listener)?;
             let callers = std::mem::take(&mut self.callers);
             for caller in callers {
                 self.hear(caller);
             }
+            self.accept(listener)?;
         }
     }
 
@@ -205,15 +240,12 @@ impl Desk<'_> {
                 // Nobody calls any more, or the caller has hung up.
                 Err(_) => return Ok(()),
             };
-            if self.callers.len() >= STRANGERS {
+            // Heard before anyone is closed on: many ranks may have called at once.
+            self.hear(Caller { socket: Arc::new(socket), said: [0; HELLO], len: 0, since: Instant::now() });
+            let expected: usize = self.sockets.iter().map(Vec::len).sum();
+            if self.callers.len() > STRANGERS + expected {
                 self.callers.remove(0);
             }
-            self.callers.push(Caller {
-                socket: Arc::new(socket),
-                said: [0; HELLO],
-                len: 0,
-                since: Instant::now(),
-            });
         }
     }
 
@@ -271,4 +303,57 @@ fn tune(socket: &OwnedFd, local: bool) -> Result<()> {
         Ok(())
     };
     set().map_err(|e| Error::Io(e.into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TOKEN: u128 = 77;
+    const CHANNELS: [Channel; 2] = [Channel::Data, Channel::Control];
+
+    fn desk(world: usize) -> Desk<'static> {
+        let sockets = CHANNELS.iter().map(|_| (0..world).map(|_| None).collect()).collect();
+        Desk { token: TOKEN, rank: 0, channels: &CHANNELS, callers: Vec::new(), sockets }
+    }
+
+    fn listen() -> (OwnedFd, Address) {
+        let (listener, address) = address::listen(&Listen::Local).unwrap();
+        listener.set_nonblocking(true).unwrap();
+        (listener.into(), address)
+    }
+
+    #[test]
+    fn as_many_ranks_as_there_are_may_call_before_anyone_is_heard() {
+        const WORLD: usize = 51;
+        let (listener, address) = listen();
+        let calls: Vec<_> = (1..WORLD)
+            .flat_map(|rank| CHANNELS.map(|channel| hello(TOKEN, rank, 0, channel)))
+            .map(|hello| dial(&address, &hello).unwrap())
+            .collect();
+        let mut desk = desk(WORLD);
+        desk.accept(&listener).unwrap();
+        assert!(desk.sockets.iter().flat_map(|s| &s[1..]).all(Option::is_some), "everyone is let in");
+        assert_eq!((calls.len(), desk.callers.len()), (100, 0));
+    }
+
+    #[test]
+    fn strangers_that_say_nothing_do_not_drive_out_a_rank_that_says_hello_slowly() {
+        let (listener, address) = listen();
+        let mut desk = desk(2);
+        let words = hello(TOKEN, 1, 0, Channel::Data);
+        let silent: Vec<_> = (0..STRANGERS).map(|_| dial(&address, &[]).unwrap()).collect();
+        let mut slow = Socket::from(dial(&address, &words[..10]).unwrap());
+        desk.accept(&listener).unwrap();
+        assert_eq!(desk.callers.len(), silent.len() + 1);
+        slow.write_all(&words[10..]).unwrap();
+        for caller in std::mem::take(&mut desk.callers) {
+            desk.hear(caller);
+        }
+        assert!(desk.sockets[0][1].is_some());
+        // And no more than the limit are kept, of those that stay silent.
+        let more: Vec<_> = (0..20).map(|_| dial(&address, &[]).unwrap()).collect();
+        desk.accept(&listener).unwrap();
+        assert_eq!((more.len(), desk.callers.len()), (20, STRANGERS + 4));
+    }
 }

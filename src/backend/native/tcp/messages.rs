@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use crate::Result;
 use crate::backend::native::cause::Cause;
-use crate::backend::native::control::Overdue;
+use crate::backend::native::control::{Overdue, Stranded};
 use crate::backend::native::p2p::{self, Pattern};
 use crate::backend::{Buffer, Completion, Direction, Receipt, Transfer};
 
@@ -266,15 +266,15 @@ impl Messages {
         more
     }
 
-    /// All that this rank has posted, and whether it sends.
-    fn posted(&self) -> impl Iterator<Item = (&Posted, bool)> {
+    /// All that this rank has posted: whether it sends, and the peer, where it is known.
+    fn posted(&self) -> impl Iterator<Item = (&Posted, bool, Option<usize>)> {
         let own = self.arrivals.iter().filter_map(|a| match &a.content {
-            Content::Own(posted) => Some((posted, true)),
+            Content::Own(posted) => Some((posted, true, posted.peer)),
             _ => None,
         });
-        let recvs = self.recvs.iter().map(|p| (p, false));
-        let incoming = self.incoming.values().map(|(p, _)| (p, false));
-        let outgoing = self.outgoing.values().map(|(p, _)| (p, true));
+        let recvs = self.recvs.iter().map(|p| (p, false, p.peer));
+        let incoming = self.incoming.iter().map(|((from, _), (p, _))| (p, false, Some(*from)));
+        let outgoing = self.outgoing.values().map(|(p, _)| (p, true, p.peer));
         own.chain(recvs).chain(incoming).chain(outgoing)
     }
 
@@ -284,21 +284,24 @@ impl Messages {
     }
 
     pub(super) fn deadline(&self) -> Option<Instant> {
-        self.posted().filter_map(|(p, _)| p.deadline()).min()
+        self.posted().filter_map(|(p, ..)| p.deadline()).min()
     }
 
     pub(super) fn overdue(&self, now: Instant) -> Option<Overdue> {
         let late = |p: &Posted| p.deadline().is_some_and(|d| d <= now);
-        self.posted().find(|(p, _)| late(p)).map(|(p, send)| Overdue {
-            what: p.pattern.words(send, p.peer),
+        self.posted().find(|(p, ..)| late(p)).map(|(p, send, peer)| Overdue {
+            what: p.pattern.words(send, peer),
             elapsed: now.duration_since(p.since),
-            peer: p.peer,
+            peer,
         })
     }
 
-    /// Whether a message waits for one of these peers.
-    pub(super) fn waits_for(&self, gone: impl Fn(usize) -> bool) -> Option<usize> {
-        self.posted().find_map(|(p, _)| p.peer.filter(|&peer| gone(peer)))
+    /// A message that waits for a peer that is gone; `nobody`: whom to name where any would do.
+    pub(super) fn stranded(&self, gone: impl Fn(usize) -> bool, nobody: Option<usize>) -> Option<Stranded> {
+        self.posted().find_map(|(p, send, peer)| {
+            let absent = peer.map_or(nobody, |peer| gone(peer).then_some(peer))?;
+            Some(Stranded { what: p.pattern.words(send, peer), peer: absent })
+        })
     }
 
     /// Takes everything that this rank has posted.

@@ -9,7 +9,7 @@ use rustix::process::{Pid, Signal, WaitIdOptions, getpid, kill_process};
 use tch::{Device, Kind, Tensor};
 
 use super::{LONG, Rank, none, options, segments};
-use crate::backend::{BackendContext, Call, Op};
+use crate::backend::{BackendContext, Call, Direction, Op};
 use crate::store::FileStore;
 use crate::{Error, ReduceOp};
 
@@ -163,6 +163,15 @@ fn with_timeout(rank: &Rank) -> String {
     }
 }
 
+/// Waits for a message from whoever sends one.
+fn in_a_receive_from_any(rank: &Rank) -> String {
+    let into = Tensor::zeros([5], (Kind::Float, Device::Cpu));
+    match rank.transfer(Direction::Recv { src: None }, 0, &into).wait().unwrap_err() {
+        Error::Poisoned { cause } => cause.to_string(),
+        error => error.to_string(),
+    }
+}
+
 fn killed(test: &str, transport: &str, body: fn(&Rank) -> String) {
     for report in with_victim(test, transport, Signal::KILL, body) {
         assert!(report.starts_with("rank 2 was lost"), "{report}");
@@ -203,6 +212,11 @@ fn a_killed_rank_ends_asynchronous_work_in_shared_memory() {
 #[test]
 fn a_killed_rank_ends_asynchronous_work_at_sockets() {
     killed("a_killed_rank_ends_asynchronous_work_at_sockets", "tcp", in_async_work);
+}
+
+#[test]
+fn a_killed_rank_ends_a_receive_from_any_rank() {
+    killed("a_killed_rank_ends_a_receive_from_any_rank", "shm", in_a_receive_from_any);
 }
 
 #[test]

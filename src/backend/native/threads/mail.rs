@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use super::room::Seat;
 use crate::Error;
 use crate::backend::native::cause::Cause;
-use crate::backend::native::control::Overdue;
+use crate::backend::native::control::{Overdue, Stranded};
 use crate::backend::native::p2p::{self, Pattern};
 use crate::backend::{Buffer, Completion, Direction, Receipt, Transfer};
 
@@ -33,6 +33,8 @@ impl Letter {
 pub(super) struct Mailbox {
     sends: Vec<Letter>,
     recvs: Vec<Letter>,
+    /// Sender and receiver of each message that is being copied.
+    delivering: Vec<(usize, usize)>,
 }
 
 impl Mailbox {
@@ -56,12 +58,26 @@ impl Mailbox {
         find(&self.sends, true).or_else(|| find(&self.recvs, false))
     }
 
-    pub(super) fn waits_for(&self, owner: usize, gone: impl Fn(usize) -> bool) -> Option<usize> {
-        self.letters(owner).find_map(|l| l.peer.filter(|&peer| gone(peer)))
+    /// A letter that waits for a peer that is gone; `nobody`: whom to name where any would do.
+    pub(super) fn stranded(
+        &self,
+        owner: usize,
+        gone: impl Fn(usize) -> bool,
+        nobody: Option<usize>,
+    ) -> Option<Stranded> {
+        let find = |list: &[Letter], send: bool| {
+            list.iter().filter(|l| l.owner == owner).find_map(|l| {
+                let absent = l.peer.map_or(nobody, |peer| gone(peer).then_some(peer))?;
+                Some(Stranded { what: l.pattern.words(send, l.peer), peer: absent })
+            })
+        };
+        find(&self.sends, true).or_else(|| find(&self.recvs, false))
     }
 
     pub(super) fn pending(&self, owner: usize) -> usize {
-        self.letters(owner).count()
+        // One that is being copied counts for both.
+        let sides = self.delivering.iter().flat_map(|&(from, to)| [from, to]);
+        self.letters(owner).count() + sides.filter(|&side| side == owner).count()
     }
 
     pub(super) fn remove(&mut self, owner: usize) -> Vec<Letter> {
@@ -105,9 +121,15 @@ impl Seat {
             None if sending => mailbox.sends.push(letter),
             None => mailbox.recvs.push(letter),
             Some(other) => {
-                drop(mailbox);
                 let (send, recv) = if sending { (letter, other) } else { (other, letter) };
+                let sides = (send.owner, recv.owner);
+                mailbox.delivering.push(sides);
+                drop(mailbox);
                 self.deliver(send, recv);
+                let delivering = &mut self.room.mail[to].lock().delivering;
+                if let Some(n) = delivering.iter().position(|d| *d == sides) {
+                    delivering.swap_remove(n);
+                }
             }
         }
     }

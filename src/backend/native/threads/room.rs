@@ -12,7 +12,7 @@ use super::link::Lane;
 use super::mail::Mailbox;
 use crate::Error;
 use crate::backend::native::cause::Cause;
-use crate::backend::native::control::{Control, Listener, Overdue, Presence};
+use crate::backend::native::control::{Control, Listener, Overdue, Presence, Stranded, nobody_sends};
 use crate::backend::native::ledger::{Ledger, Report};
 use crate::backend::{Direction, Transfer};
 
@@ -202,10 +202,11 @@ impl Control for Seat {
         self.room.mail.iter().find_map(|m| m.lock().overdue(self.rank, now))
     }
 
-    fn stranded(&self) -> Option<usize> {
+    fn stranded(&self) -> Option<Stranded> {
         let presence = self.presence();
+        let nobody = nobody_sends(&presence, self.rank);
         let gone = |peer: usize| presence[peer] != Presence::Here;
-        self.room.mail.iter().find_map(|m| m.lock().waits_for(self.rank, gone))
+        self.room.mail.iter().find_map(|m| m.lock().stranded(self.rank, gone, nobody))
     }
 
     fn pending(&self) -> usize {

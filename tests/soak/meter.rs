@@ -64,13 +64,10 @@ impl Holdings {
 }
 
 /// How long connections that were closed take to go, at most, with what is still to be said over them.
-const LAST_WORDS: Duration = Duration::from_millis(1500);
+pub const LAST_WORDS: Duration = Duration::from_millis(1500);
 
-/// Measures when what was closed is gone; later than the first time at once if nothing has grown.
+/// Measures; later than the first time once nothing has grown any more, or after a while.
 pub fn settled(first: Option<&Holdings>, keys: impl Fn() -> usize) -> Holdings {
-    if first.is_none() {
-        std::thread::sleep(LAST_WORDS);
-    }
     let until = Instant::now() + Duration::from_secs(5);
     loop {
         let now = Holdings::now(keys());

@@ -44,7 +44,7 @@ pub(crate) fn expect(what: &str, got: &Tensor, expected: &Tensor) -> Result<()> 
 
 /// Small whole numbers of a rank, exact in every kind.
 fn numbers(shape: &[i64], kind: Kind, rank: usize) -> Tensor {
-    let n = shape.iter().product();
+    let n: i64 = shape.iter().product();
     let numbers = Tensor::arange(n, (Kind::Int64, Device::Cpu)).remainder(5) + rank as i64;
     numbers.to_kind(kind).view(shape)
 }

@@ -168,7 +168,7 @@ impl Plot<'_> {
 
     /// Ranks on one host that share memory; control and messages go through unix sockets.
     fn shared(&self) -> Result<Arc<dyn CollectiveBackend>> {
-        let transport = Arc::new(shm::connect(self.context, self.meeting)?);
+        let transport = Arc::new(shm::connect(self.context, self.meeting, self.options.shm_chunk)?);
         let (_, control) = self.connect(&[tcp::Channel::Control], &tcp::Listen::Local, |_| false)?;
         let bulk = transport.bulk();
         self.engine(transport, control, Some(bulk))
@@ -192,7 +192,8 @@ impl Plot<'_> {
                 let store = Arc::new(PrefixStore::new(prefix, self.context.store.clone()));
                 let context = BackendContext { store, rank: number, size, ..self.context.clone() };
                 let meeting = Meeting::new(&context);
-                let shared = shm::connect(&context, &meeting).inspect(|_| meeting.adjourn());
+                let shared =
+                    shm::connect(&context, &meeting, self.options.shm_chunk).inspect(|_| meeting.adjourn());
                 shared.map(Some).map_err(|error| match error {
                     Error::Timeout { op, seq, elapsed, missing } => {
                         let missing =

@@ -15,6 +15,7 @@ use crate::{Error, Result};
 /// | [`interface`](Self::interface) | `TCH_DISTRIBUTED_SOCKET_IFNAME`, `GLOO_SOCKET_IFNAME` | which network interface this rank listens at |
 /// | [`host`](Self::host) | `TCH_DISTRIBUTED_HOST` | which host this rank says it is on |
 /// | [`threshold`](Self::threshold) | `TCH_DISTRIBUTED_TUNING` | sizes at which algorithms change; all ranks alike |
+/// | [`shm_chunk`](Self::shm_chunk) | `TCH_DISTRIBUTED_SHM_CHUNK` | the size of a slot in shared memory (128 KiB) |
 ///
 /// The thresholds over sockets: `direct` (8), up to how many ranks each talks to every other; `one_shot`
 /// (8 KiB), up to which size everything goes to everyone; `doubling` (16 KiB), up to which size more ranks
@@ -37,6 +38,7 @@ pub struct Options {
     pub(super) transport: Option<String>,
     pub(super) interface: Option<String>,
     pub(super) host: Option<String>,
+    pub(super) shm_chunk: Option<usize>,
     thresholds: Vec<(String, usize)>,
 }
 
@@ -73,6 +75,23 @@ impl Options {
         self
     }
 
+    /// How many bytes a slot of shared memory has: a power of two from 4 KiB to 4 MiB, into which other numbers are
+    /// rounded. The smallest of all ranks counts, and less is taken where a process would have more than 32 MiB of
+    /// slots in all its groups.
+    ///
+    /// ```
+    /// use tch_distributed::{InitOptions, backend::native, register_backend, testing};
+    /// register_backend("large-slots", |context| {
+    ///     native::Options::new().transport("shm").shm_chunk(256 << 10).create(context)
+    /// })?;
+    /// testing::run_threads_on("large-slots", InitOptions::new(), 2, |group| group.barrier().unwrap());
+    /// # Ok::<(), tch_distributed::Error>(())
+    /// ```
+    pub fn shm_chunk(mut self, bytes: usize) -> Self {
+        self.shm_chunk = Some(bytes);
+        self
+    }
+
     /// Makes the backend of a group: a factory for
     /// [`register_backend`](crate::register_backend).
     ///
@@ -88,6 +107,9 @@ impl Options {
         Self {
             transport: self.transport.or_else(|| variable("TCH_DISTRIBUTED_TRANSPORT")),
             host: self.host.or_else(|| variable("TCH_DISTRIBUTED_HOST")),
+            shm_chunk: self.shm_chunk.or_else(|| {
+                variable("TCH_DISTRIBUTED_SHM_CHUNK").and_then(|bytes| bytes.trim().parse().ok())
+            }),
             ..self
         }
     }

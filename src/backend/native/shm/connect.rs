@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::{fmt, io};
 
+use once_cell::sync::Lazy;
 use rustix::fs::{Mode, OFlags};
 
 use super::door::Door;
@@ -15,70 +16,92 @@ use crate::backend::native::meet::Meeting;
 use crate::{Error, Result};
 
 /// The most staging memory of a process, over all its groups.
-const BUDGET: usize = 32 << 20;
+pub(super) const BUDGET: usize = 32 << 20;
 /// The chunk: a few of them, and what they are combined with, stay in a second-level cache.
 const CHUNK: usize = 128 << 10;
 /// The smallest.
 const CHUNK_LEAST: usize = 4 << 10;
 /// The largest that can be asked for.
 const CHUNK_MOST: usize = 4 << 20;
-/// Overrides [`CHUNK`].
-const CHUNK_VARIABLE: &str = "TCH_DISTRIBUTED_SHM_CHUNK";
 
 /// Where rank 0 says what it made.
 const SEGMENT: &str = "shm/segment";
 
-static RESERVED: AtomicUsize = AtomicUsize::new(0);
-
-/// A part of the budget.
+/// How much memory for slots there is, and what groups have taken of it.
 #[derive(Debug)]
-pub(super) struct Reserved(usize);
+pub(super) struct Budget {
+    limit: usize,
+    taken: AtomicUsize,
+}
 
-impl Reserved {
-    pub(super) fn new(bytes: usize) -> Self {
-        RESERVED.fetch_add(bytes, Ordering::AcqRel);
-        Self(bytes)
+/// This process's. In tests of this crate it has the ranks of many worlds at once.
+static OURS: Lazy<Arc<Budget>> =
+    Lazy::new(|| Arc::new(Budget::new(if cfg!(test) { 32 * BUDGET } else { BUDGET })));
+
+impl Budget {
+    pub(super) fn new(limit: usize) -> Self {
+        Self { limit, taken: AtomicUsize::new(0) }
     }
 
+    /// The chunk that can be afforded: at most a quarter of the budget for one group, and a quarter of what is
+    /// left; 0 where that is too little.
+    pub(super) fn affordable(&self, ranks: usize, asked: Option<usize>) -> usize {
+        let left = self.limit.saturating_sub(self.taken.load(Ordering::Acquire));
+        let mut chunk = asked.unwrap_or(CHUNK).min(CHUNK_MOST).next_power_of_two().max(CHUNK_LEAST);
+        while Layout::staging(ranks, chunk) > left / 4 {
+            chunk /= 2;
+            if chunk < CHUNK_LEAST {
+                return 0;
+            }
+        }
+        chunk
+    }
+
+    /// Takes a part, until it is dropped.
+    pub(super) fn reserve(self: &Arc<Self>, bytes: usize) -> Reserved {
+        self.taken.fetch_add(bytes, Ordering::AcqRel);
+        Reserved { bytes, of: self.clone() }
+    }
+}
+
+/// A part of a budget.
+#[derive(Debug)]
+pub(super) struct Reserved {
+    bytes: usize,
+    of: Arc<Budget>,
+}
+
+impl Reserved {
     #[cfg(test)]
     pub(super) fn bytes(&self) -> usize {
-        self.0
+        self.bytes
     }
 }
 
 impl Drop for Reserved {
     fn drop(&mut self) {
-        RESERVED.fetch_sub(self.0, Ordering::AcqRel);
+        self.of.taken.fetch_sub(self.bytes, Ordering::AcqRel);
     }
 }
 
-/// The chunk that this process can afford: at most a quarter of the budget for one group, and a quarter of
-/// what is left; 0 where that is too little.
-pub(super) fn affordable(ranks: usize) -> usize {
-    let asked = std::env::var(CHUNK_VARIABLE).ok().and_then(|v| v.parse().ok());
-    let left = BUDGET.saturating_sub(RESERVED.load(Ordering::Acquire));
-    let mut chunk = asked.unwrap_or(CHUNK).next_power_of_two().clamp(CHUNK_LEAST, CHUNK_MOST);
-    while Layout::staging(ranks, chunk) > left / 4 {
-        chunk /= 2;
-        if chunk < CHUNK_LEAST {
-            return 0;
-        }
-    }
-    chunk
-}
-
-/// Connects the ranks of a group that are all on one host, through keys `shm/…` of its store.
+/// Connects the ranks of a group that are all on one host, through keys `shm/…` of its store. Each may ask for the
+/// size of its chunks.
 ///
 /// # Errors
 /// `BackendUnavailable`, on all ranks, when one of them cannot map the memory, or has too many groups with slots
 /// already: then another transport is needed. What the meeting fails with.
-pub(crate) fn connect(context: &BackendContext, meeting: &Meeting) -> Result<SharedMemory> {
+pub(crate) fn connect(
+    context: &BackendContext,
+    meeting: &Meeting,
+    chunk: Option<usize>,
+) -> Result<SharedMemory> {
     let ranks = context.size;
     meeting.leaves(&[SEGMENT.to_owned()]);
     // What this rank can afford, and the name of its door: none where it has none.
     let name = format!("tch-distributed/{:x}{:x}", nonce(), nonce());
     let door = Door::new(&name).ok();
-    let offers = meeting.exchange("shm/offer", &(affordable(ranks), door.is_some().then_some(name)))?;
+    let offers =
+        meeting.exchange("shm/offer", &(OURS.affordable(ranks, chunk), door.is_some().then_some(name)))?;
     if let Some(rank) = offers.iter().position(|(chunk, _)| *chunk < CHUNK_LEAST) {
         let used = "has used up its memory for slots with other groups";
         return Err(unavailable(&format!("rank {rank} {used} (32 MiB a process)")));
@@ -110,7 +133,7 @@ pub(crate) fn connect(context: &BackendContext, meeting: &Meeting) -> Result<Sha
     let refusal = meeting.exchange("shm/refusal", &refusal)?.into_iter().flatten().next();
     match (attempt, refusal) {
         (Ok(segment), None) => {
-            let reserved = Reserved::new(Layout::staging(ranks, segment.layout.chunk));
+            let reserved = OURS.reserve(Layout::staging(ranks, segment.layout.chunk));
             Ok(SharedMemory { inner: Arc::new(Inner::new(segment, context.rank, doors, reserved)) })
         }
         (_, refusal) => Err(unavailable(&refusal.unwrap_or_default())),

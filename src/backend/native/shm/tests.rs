@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use tch::{Device, Kind, Tensor};
 
-use super::connect::{Reserved, affordable, connect};
+use super::connect::{BUDGET, Budget, Reserved, connect};
 use super::segment::{Layout, Segment};
 use super::{Inner, SharedMemory};
 use crate::backend::native::meet::Meeting;
@@ -23,7 +23,9 @@ fn group(ranks: usize, chunk: usize) -> Vec<SharedMemory> {
     (0..ranks)
         .map(|rank| {
             let segment = Segment::open(&descriptor, layout).unwrap();
-            SharedMemory { inner: Arc::new(Inner::new(segment, rank, None, Reserved::new(0))) }
+            SharedMemory {
+                inner: Arc::new(Inner::new(segment, rank, None, Arc::new(Budget::new(BUDGET)).reserve(0))),
+            }
         })
         .collect()
 }
@@ -363,7 +365,9 @@ fn a_group_takes_pages_when_it_first_moves_a_large_tensor_and_never_more_than_it
     let group: Vec<_> = (0..2)
         .map(|rank| {
             let segment = Segment::open(&descriptor, layout).unwrap();
-            SharedMemory { inner: Arc::new(Inner::new(segment, rank, None, Reserved::new(0))) }
+            SharedMemory {
+                inner: Arc::new(Inner::new(segment, rank, None, Arc::new(Budget::new(BUDGET)).reserve(0))),
+            }
         })
         .collect();
     let sum = |seq, n| {
@@ -385,17 +389,19 @@ fn a_group_takes_pages_when_it_first_moves_a_large_tensor_and_never_more_than_it
 #[test]
 fn the_slots_of_all_groups_of_a_process_take_at_most_32_mib() {
     for ranks in [2, 4, 16, 64] {
+        // Not this process's own: other tests need theirs.
+        let budget = Arc::new(Budget::new(BUDGET));
         let mut held = Vec::new();
         for _ in 0..50 {
-            match affordable(ranks) {
+            match budget.affordable(ranks, None) {
                 // Another transport has to do.
                 0 => break,
-                chunk => held.push(Reserved::new(Layout::staging(ranks, chunk))),
+                chunk => held.push(budget.reserve(Layout::staging(ranks, chunk))),
             }
         }
         assert!(held.len() >= 10, "{} groups of {ranks}", held.len());
         let all: usize = held.iter().map(Reserved::bytes).sum();
-        assert!(all <= 32 << 20, "{all} bytes for {} groups of {ranks}", held.len());
+        assert!(all <= BUDGET && BUDGET == 32 << 20, "{all} bytes for {} groups of {ranks}", held.len());
     }
 }
 
@@ -404,7 +410,7 @@ fn ranks_that_meet_in_a_store_share_memory() {
     let contexts = contexts(3);
     let ranks: Vec<_> = thread::scope(|scope| {
         let threads: Vec<_> =
-            contexts.iter().map(|c| scope.spawn(|| connect(c, &Meeting::new(c)).unwrap())).collect();
+            contexts.iter().map(|c| scope.spawn(|| connect(c, &Meeting::new(c), None).unwrap())).collect();
         threads.into_iter().map(|t| t.join().unwrap()).collect()
     });
     on_all(&ranks, |me, rank| {
@@ -423,7 +429,7 @@ fn if_one_rank_cannot_map_the_memory_all_ranks_are_told_why() {
     let segment = format!("{} 0 4096 1", std::process::id());
     contexts[0].store.set("shm/segment", segment.as_bytes()).unwrap();
     thread::scope(|scope| {
-        let connect = |c| scope.spawn(move || connect(c, &Meeting::new(c)));
+        let connect = |c| scope.spawn(move || connect(c, &Meeting::new(c), None));
         let threads: Vec<_> = contexts[1..].iter().map(connect).collect();
         played.exchange("shm/offer", &(4096_usize, None::<String>)).unwrap();
         played.exchange("shm/refusal", &None::<String>).unwrap();

@@ -258,7 +258,8 @@ impl State {
                 match event {
                     Event::Note(note) => self.heard(peer, note, ledger, after),
                     Event::Ended(words) => {
-                        if self.presence[peer] == Presence::Here {
+                        // Ranks of a group that has failed close: none of them is lost for that.
+                        if self.presence[peer] == Presence::Here && !self.failed {
                             self.presence[peer] = Presence::Lost(words);
                         }
                         after.changed = true;

@@ -13,8 +13,16 @@ use tch_distributed::store::{Store, TcpStore};
 const PLAY: &str = "LAUNCH_TEST_PLAYS";
 const LIMIT: Duration = Duration::from_secs(60);
 
+/// A program that finds every signal as it is by default: a script's background job, as this test may be one, is
+/// to ignore interrupts, and so would be what it starts.
+fn undisturbed(program: impl AsRef<std::ffi::OsStr>) -> Command {
+    let mut command = clean(Command::new("env"));
+    command.arg("--default-signal").arg(program);
+    command
+}
+
 fn tchrun(arguments: &[&str]) -> Command {
-    let mut command = clean(Command::new(env!("CARGO_BIN_EXE_tchrun")));
+    let mut command = undisturbed(env!("CARGO_BIN_EXE_tchrun"));
     command.args(arguments);
     command
 }
@@ -29,7 +37,7 @@ fn clean(mut command: Command) -> Command {
 
 /// This binary, playing the program that `test` is when it plays.
 fn program(test: &str) -> Command {
-    let mut command = clean(Command::new(std::env::current_exe().unwrap()));
+    let mut command = undisturbed(std::env::current_exe().unwrap());
     command.args(["--exact", test, "--nocapture"]).env(PLAY, "1");
     command
 }

@@ -13,6 +13,7 @@ mod executor;
 mod hosts;
 pub(crate) mod kernels;
 mod ledger;
+mod limit;
 mod link;
 mod meet;
 mod memory;
@@ -91,6 +92,7 @@ struct Plot<'a> {
 }
 
 fn create_with(context: BackendContext, options: Options) -> Result<Arc<dyn CollectiveBackend>> {
+    limit::raise();
     let meeting = Meeting::new(&context);
     let made = create_at(&meeting, &context, options);
     match &made {

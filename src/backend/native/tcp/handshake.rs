@@ -14,7 +14,8 @@ use rustix::net::sockopt;
 use socket2::Socket;
 
 use super::address::{self, Address, Listen};
-use super::{limit, wait};
+use super::wait;
+use crate::backend::native::limit;
 use crate::backend::native::meet::{Meeting, VERSION};
 use crate::backend::native::transport::Watch;
 use crate::{Error, Result};
@@ -83,7 +84,7 @@ pub(crate) fn connect(
 ) -> Result<Vec<Vec<Option<OwnedFd>>>> {
     let local = at.is_local();
     let wanted = |channel: Channel, peer: usize| channel == Channel::Control || data(peer);
-    let (listener, address) = limit::open(|| address::listen(at))
+    let (listener, address) = limit::explain(address::listen(at))
         .map_err(|e| meeting.failed(&format!("rank {rank} cannot listen for its peers: {e}")))?;
     listener.set_nonblocking(true)?;
     let addresses: Vec<Address> = meeting.exchange(if local { "local" } else { "address" }, &address)?;
@@ -128,7 +129,7 @@ fn call(meeting: &Meeting, peer: usize, address: &Address) -> Result<Socket> {
         if left.is_zero() {
             return Err(meeting.timeout(vec![peer]));
         }
-        let (socket, at) = limit::open(|| address.to_socket())?;
+        let (socket, at) = limit::explain(address.to_socket())?;
         let result = match address {
             Address::Local(_) => socket.connect(&at),
             Address::Internet(_) => socket.connect_timeout(&at, left.min(Duration::from_secs(10))),
@@ -146,7 +147,7 @@ fn call(meeting: &Meeting, peer: usize, address: &Address) -> Result<Socket> {
 
 /// Calls once more and says hello: whoever hung up is there, or is not.
 fn dial(address: &Address, hello: &[u8]) -> io::Result<OwnedFd> {
-    let (mut socket, at) = limit::open(|| address.to_socket())?;
+    let (mut socket, at) = limit::explain(address.to_socket())?;
     match address {
         Address::Local(_) => socket.connect(&at)?,
         Address::Internet(_) => socket.connect_timeout(&at, REDIAL)?,
@@ -234,7 +235,7 @@ impl Desk<'_> {
     fn accept(&mut self, listener: &OwnedFd) -> Result<()> {
         let flags = rustix::net::SocketFlags::NONBLOCK | rustix::net::SocketFlags::CLOEXEC;
         loop {
-            let socket = match limit::open(|| Ok(rustix::net::accept_with(listener, flags)?)) {
+            let socket = match limit::explain(rustix::net::accept_with(listener, flags).map_err(Into::into)) {
                 Ok(socket) => socket,
                 Err(error) if error.raw_os_error().is_none() => return Err(error.into()),
                 // Nobody calls any more, or the caller has hung up.

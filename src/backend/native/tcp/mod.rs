@@ -6,7 +6,6 @@ mod channel;
 mod control;
 mod data;
 mod handshake;
-mod limit;
 mod messages;
 mod stream;
 mod streams;
@@ -25,6 +24,7 @@ pub(crate) use handshake::{Channel, connect};
 
 use self::data::SocketLinks;
 use super::executor::{Executor, Wiring};
+use super::limit;
 use super::plan::{Plan, Tuning};
 use super::transport::{Run, Stamp, Transport, Watch};
 use crate::Result;
@@ -44,7 +44,8 @@ impl Sockets {
     pub(crate) fn new(rank: usize, tuning: Tuning, sockets: Vec<Option<OwnedFd>>) -> Result<Self> {
         let world = sockets.len();
         let wiring = Arc::new(Wiring::new(rank, world, tuning, SocketLinks::new(sockets)));
-        let wake = limit::open(|| Ok(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?))?;
+        let wake =
+            limit::explain(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(Into::into))?;
         Ok(Self { wiring, wake, parked: AtomicBool::new(false), signalled: AtomicBool::new(false) })
     }
 }

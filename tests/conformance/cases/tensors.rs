@@ -4,6 +4,7 @@ use tch::{Device, Kind, Tensor};
 use tch_distributed::{ProcessGroup, ReduceOp};
 
 use super::{list, numbers, read, room};
+use crate::model::KINDS;
 
 list! {
     1 a_tensor_without_dimensions_works;
@@ -166,24 +167,8 @@ fn an_input_that_shares_memory_with_the_output_of_another_pair_is_read_first(gro
 
 fn every_kind_can_be_moved(group: &ProcessGroup) {
     let n = group.size() as i64;
-    let kinds = [
-        Kind::Uint8,
-        Kind::Int8,
-        Kind::Int16,
-        Kind::Int,
-        Kind::Int64,
-        Kind::Half,
-        Kind::BFloat16,
-        Kind::Float,
-        Kind::Double,
-        Kind::Bool,
-        Kind::ComplexHalf,
-        Kind::ComplexFloat,
-        Kind::ComplexDouble,
-        Kind::Float8e5m2,
-        Kind::Float8e4m3fn,
-    ];
-    for kind in kinds {
+    let moved_only = [Kind::ComplexHalf, Kind::Float8e5m2, Kind::Float8e4m3fn];
+    for kind in KINDS.into_iter().chain(moved_only) {
         // Zeros elsewhere: tch cannot compute on every kind, but every kind can be compared as bytes.
         let bytes = |t: &Tensor| Vec::<u8>::try_from(t.view_dtype(Kind::Uint8).view([-1])).unwrap();
         let source = Tensor::from_slice(&[1u8; 16]).view_dtype(kind);

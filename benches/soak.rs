@@ -5,9 +5,9 @@
 //! After the first tenth of each, resident memory may grow by less than 1 %, and descriptors, threads,
 //! segments of shared memory and keys in the store by none.
 
-#[path = "soak/life.rs"]
+#[path = "../tests/soak/life.rs"]
 mod life;
-#[path = "soak/meter.rs"]
+#[path = "../tests/soak/meter.rs"]
 mod meter;
 
 use std::fmt::Write;

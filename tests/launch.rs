@@ -117,9 +117,9 @@ fn until(child: &mut Child, word: &str) -> String {
     text
 }
 
-/// A body that says something.
+/// A body that says something, on a line of its own: on one core the test's name stands in front of what it prints.
 fn says(text: &str) -> Result<(), ()> {
-    println!("{text}");
+    println!("\n{text}");
     Ok(())
 }
 
@@ -138,7 +138,7 @@ fn local_runs_the_body_once_a_rank_and_the_ranks_reach_each_other() {
             store.add("sum", number("RANK").into())?;
             store.set(&format!("rank {}", number("RANK")), b"")?;
             store.wait(&["rank 0", "rank 1", "rank 2"], LIMIT)?;
-            println!("sum {} local {}", store.add("sum", 0)?, number("LOCAL_RANK"));
+            println!("\nsum {} local {}", store.add("sum", 0)?, number("LOCAL_RANK"));
             Ok(())
         })
         .unwrap();

@@ -127,6 +127,22 @@ fn aggregated_metrics_and_a_spread_fleet_are_those_of_one_process() {
 }
 
 #[test]
+fn a_rank_that_is_slowed_on_purpose_is_named_by_the_summary_and_seen_in_the_trace() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().display().to_string();
+    let slow = ["--nproc", "3", "--slow-rank", "1", "--slow-ms", "100", "--steps", "8", "--out", &out];
+    let text = said("profile_training", &slow);
+    assert!(text.contains("slowest: rank 1, for which others waited"), "{text}");
+    let trace = std::fs::read(folder.path().join("trace.json")).unwrap();
+    let trace: serde_json::Value = serde_json::from_slice(&trace).unwrap();
+    let events = trace["traceEvents"].as_array().unwrap();
+    for rank in 0..3 {
+        let steps = events.iter().filter(|e| e["name"] == "step" && e["pid"] == rank).count();
+        assert_eq!(steps, 8, "rank {rank}");
+    }
+}
+
+#[test]
 fn the_scaling_report_says_where_more_workers_hurt() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("scaling").display().to_string();
@@ -161,7 +177,7 @@ fn a_gpt_trains_alike_on_every_mesh_and_says_its_loss_last() {
     };
     let alone = train("alone", &["--dp", "1", "--tp", "1", "--pp", "1"]);
     let meshes: [(&str, &[&str]); 2] = [
-        ("data and tensor", &["--dp", "2", "--tp", "2", "--schedule", "gpipe"]),
+        ("data, tensor and pipeline", &["--dp", "2", "--tp", "2", "--pp", "2"]),
         ("tensor and pipeline", &["--tp", "2", "--pp", "2", "--sp", "--schedule", "interleaved"]),
     ];
     for (name, mesh) in meshes {

@@ -38,7 +38,7 @@ const DIAGNOSE: &str = "diagnose";
 /// rank to fail ends all others, on all nodes; its exit status is tchrun's.
 ///
 /// `tchrun diagnose DIR` runs nothing: it reads the flight records that the ranks left in DIR (see
-/// TCH_DISTRIBUTED_FLIGHT_DIR) and says which rank stopped where.
+/// TCH_DISTRIBUTED_FLIGHT_DIR) and says which rank stopped where; its exit status is 1 where something hangs or failed.
 #[derive(Debug, Parser)]
 #[command(name = "tchrun", version)]
 struct Options {
@@ -109,7 +109,7 @@ fn diagnose(arguments: &[OsString]) -> i32 {
     match crate::profile::diagnose_folder(folder.as_ref()) {
         Ok(diagnosis) => {
             print!("{diagnosis}");
-            i32::from(!diagnosis.suspects.is_empty())
+            i32::from(diagnosis.hangs)
         }
         Err(error) => {
             eprintln!("tchrun: {error}");

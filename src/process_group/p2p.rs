@@ -9,7 +9,7 @@ use super::checks::{disjoint, see};
 use super::draft::Memory;
 use super::{ProcessGroup, Work};
 use crate::backend::{Buffer, CollectiveBackend, Direction, Transfer};
-use crate::profile::Activity;
+use crate::profile::{Activity, Envelope};
 use crate::{Error, Result};
 
 /// One message of a batch: see [`ProcessGroup::batch_isend_irecv`].
@@ -214,11 +214,13 @@ impl ProcessGroup {
     #[track_caller]
     fn promise(&self, message: Message<'_>) -> (Transfer, Work) {
         let Message { memory, buffer, direction, tag, kind, .. } = message;
-        let activity = match direction {
-            Direction::Send { .. } => Activity::Send,
-            Direction::Recv { .. } => Activity::Recv,
+        let (activity, peer) = match direction {
+            Direction::Send { dst } => (Activity::Send, Some(dst)),
+            Direction::Recv { src } => (Activity::Recv, src),
         };
-        let watch = self.inner.instrument.begin(activity, buffer.bytes(), Location::caller());
+        let envelope = Envelope { peer, tag };
+        let bytes = buffer.bytes();
+        let watch = self.inner.instrument.begin_message(activity, bytes, envelope, Location::caller());
         let (done, ticket) = memory.promise(self.inner.clone(), watch);
         let transfer = Transfer { direction, tag, kind, buffer, timeout: self.timeout(), done };
         (transfer, Work::new(self.clone(), smallvec![ticket]))

@@ -107,6 +107,32 @@ pub struct FlightEntry {
     pub ended_ns: u64,
     /// `file:line` of the call.
     pub site: String,
+    /// Of a message: the other side's rank in the group; `None` for a receive from any rank, and for collectives.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub peer: Option<usize>,
+    /// Of a message: its tag.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tag: Option<u32>,
+}
+
+/// Whom a message is exchanged with, and its tag.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Envelope {
+    pub(crate) peer: Option<usize>,
+    pub(crate) tag: u32,
+}
+
+impl Envelope {
+    /// The tag above the peer's number plus one.
+    fn pack(self) -> u64 {
+        let peer = self.peer.and_then(|peer| u32::try_from(peer + 1).ok()).unwrap_or(0);
+        u64::from(self.tag) << 32 | u64::from(peer)
+    }
+
+    fn unpack(packed: u64) -> Self {
+        let peer = (packed & u64::from(u32::MAX)) as usize;
+        Self { peer: peer.checked_sub(1), tag: (packed >> 32) as u32 }
+    }
 }
 
 /// One slot of the ring: plain numbers that one writer stores and a reader may see half written, which it
@@ -123,6 +149,8 @@ struct Slot {
     ended: AtomicU64,
     /// Address of the `&'static Location`.
     site: AtomicU64,
+    /// The envelope of a message; collectives leave it as it is.
+    envelope: AtomicU64,
 }
 
 /// The last calls of one group on one rank.
@@ -153,8 +181,15 @@ impl FlightRecorder {
         Self::new(wanted.unwrap_or(DEFAULT_CAPACITY))
     }
 
-    /// Notes that a call begins.
-    pub(crate) fn begin(&self, activity: Activity, bytes: usize, site: &'static Location<'static>) -> Mark {
+    /// Notes that a call begins; a message has an envelope.
+    #[inline]
+    pub(crate) fn begin(
+        &self,
+        activity: Activity,
+        bytes: usize,
+        envelope: Option<Envelope>,
+        site: &'static Location<'static>,
+    ) -> Mark {
         if self.slots.is_empty() {
             return Mark(u64::MAX);
         }
@@ -167,6 +202,9 @@ impl FlightRecorder {
         slot.what.store((bytes as u64) << 8 | activity as u64, Ordering::Relaxed);
         slot.started.store(clock::coarse_ns(), Ordering::Relaxed);
         slot.ended.store(0, Ordering::Relaxed);
+        if let Some(envelope) = envelope {
+            slot.envelope.store(envelope.pack(), Ordering::Relaxed);
+        }
         slot.site.store(std::ptr::from_ref(site).expose_provenance() as u64, Ordering::Release);
         slot.ticket.store(number + 1, Ordering::Release);
         Mark(number)
@@ -196,15 +234,18 @@ impl Slot {
         let ticket = self.ticket.load(Ordering::Acquire);
         let (seq, what) = (self.seq.load(Ordering::Relaxed), self.what.load(Ordering::Relaxed));
         let (started, ended) = (self.started.load(Ordering::Relaxed), self.ended.load(Ordering::Acquire));
+        let envelope = self.envelope.load(Ordering::Relaxed);
         let site = self.site.load(Ordering::Acquire);
         if ticket == 0 || self.ticket.load(Ordering::Acquire) != ticket {
             return None;
         }
         // SAFETY: the ticket is unchanged, so `site` is what `begin` stored: the address of a `&'static Location`.
         let site = unsafe { &*std::ptr::with_exposed_provenance::<Location<'static>>(site as usize) };
+        let activity = *Activity::ALL.get((what & 0xff) as usize)?;
+        let envelope = (!activity.is_collective()).then(|| Envelope::unpack(envelope));
         let entry = FlightEntry {
             seq,
-            activity: *Activity::ALL.get((what & 0xff) as usize)?,
+            activity,
             bytes: what >> 8,
             state: match ended {
                 0 => State::Started,
@@ -214,6 +255,8 @@ impl Slot {
             started_ns: started,
             ended_ns: ended & !1,
             site: format!("{}:{}", site.file(), site.line()),
+            peer: envelope.and_then(|e| e.peer),
+            tag: envelope.map(|e| e.tag),
         };
         Some((ticket, entry))
     }
@@ -227,7 +270,7 @@ mod tests {
     fn the_ring_keeps_the_last_calls_in_order_with_their_state() {
         let ring = FlightRecorder::new(3);
         for i in 0..5 {
-            let mark = ring.begin(Activity::AllReduce, i * 10, Location::caller());
+            let mark = ring.begin(Activity::AllReduce, i * 10, None, Location::caller());
             if i != 3 {
                 ring.end(mark, i != 4);
             }
@@ -243,16 +286,21 @@ mod tests {
     fn messages_do_not_count_as_collectives() {
         let ring = FlightRecorder::new(8);
         for activity in [Activity::Send, Activity::Barrier, Activity::Recv, Activity::AllGather] {
-            ring.begin(activity, 0, Location::caller());
+            let message = Envelope { peer: Some(0), tag: u32::MAX };
+            let envelope = (!activity.is_collective()).then_some(message);
+            ring.begin(activity, 0, envelope, Location::caller());
         }
         let entries = ring.entries();
         assert_eq!(entries.iter().map(|e| e.seq).collect::<Vec<_>>(), [0, 0, 1, 1]);
+        let envelopes: Vec<_> = entries.iter().map(|e| (e.peer, e.tag)).collect();
+        let message = (Some(0), Some(u32::MAX));
+        assert_eq!(envelopes, [message, (None, None), message, (None, None)]);
     }
 
     #[test]
     fn a_ring_of_nothing_remembers_nothing() {
         let ring = FlightRecorder::new(0);
-        let mark = ring.begin(Activity::Barrier, 0, Location::caller());
+        let mark = ring.begin(Activity::Barrier, 0, None, Location::caller());
         ring.end(mark, true);
         assert!(ring.entries().is_empty());
     }
@@ -260,17 +308,19 @@ mod tests {
     #[test]
     fn a_reader_beside_writers_sees_whole_entries_only() {
         let ring = FlightRecorder::new(4);
+        let message = Envelope { peer: None, tag: 3 };
         std::thread::scope(|scope| {
             for _ in 0..2 {
                 scope.spawn(|| {
                     for _ in 0..5_000 {
-                        let mark = ring.begin(Activity::Send, 7, Location::caller());
+                        let mark = ring.begin(Activity::Send, 7, Some(message), Location::caller());
                         ring.end(mark, true);
                     }
                 });
             }
             for _ in 0..200 {
                 assert!(ring.entries().iter().all(|e| e.activity == Activity::Send && e.bytes == 7));
+                assert!(ring.entries().iter().all(|e| (e.peer, e.tag) == (None, Some(3))));
             }
         });
         assert_eq!(ring.entries().len(), 4);

@@ -11,7 +11,7 @@ use tracing::level_filters::LevelFilter;
 use super::clock;
 use super::diagnose::GroupRecord;
 use super::events::{Event, Span};
-use super::flight::{Activity, FlightRecorder, Mark};
+use super::flight::{Activity, Envelope, FlightRecorder, Mark};
 
 /// The target of the spans that a `tracing` collector gets.
 const TARGET: &str = "tch_distributed";
@@ -129,10 +129,32 @@ impl GroupInstrument {
         &self.shared
     }
 
-    /// A call begins, after it was found valid.
+    /// A collective begins, after it was found valid.
     #[inline]
     pub(crate) fn begin(&self, activity: Activity, bytes: usize, site: &'static Location<'static>) -> Watch {
-        let mark = self.flight.begin(activity, bytes, site);
+        self.watch(activity, bytes, None, site)
+    }
+
+    /// A message begins.
+    pub(crate) fn begin_message(
+        &self,
+        activity: Activity,
+        bytes: usize,
+        envelope: Envelope,
+        site: &'static Location<'static>,
+    ) -> Watch {
+        self.watch(activity, bytes, Some(envelope), site)
+    }
+
+    #[inline]
+    fn watch(
+        &self,
+        activity: Activity,
+        bytes: usize,
+        envelope: Option<Envelope>,
+        site: &'static Location<'static>,
+    ) -> Watch {
+        let mark = self.flight.begin(activity, bytes, envelope, site);
         let watched = self.shared.is_profiling() | somebody_collects();
         Watch { mark, seen: if watched { Some(self.see(activity, bytes)) } else { None } }
     }

@@ -42,6 +42,7 @@ mod trace;
 pub use diagnose::{Diagnosis, FlightDump, GroupRecord, diagnose, diagnose_folder};
 pub use dump::dump;
 pub(crate) use dump::{dump_on_failure, dump_on_signal};
+pub(crate) use flight::Envelope;
 pub use flight::{Activity, FlightEntry, State};
 pub(crate) use instrument::{GroupInstrument, RankInstrument, Watch};
 pub use profiler::{ProfileOptions, Profiler};

@@ -330,22 +330,27 @@ impl<'a, L: Links> Executor<'a, L> {
     }
 
     /// Looks for a message that this call does not expect from a peer: one of a later call may wait,
-    /// anything else shows that ranks disagree.
-    fn check_unexpected(&self, links: &mut L, from: usize) -> Result<()> {
+    /// anything else shows that ranks disagree. Whether one has come instead that this call can take now: links
+    /// whose next header has been read do not wake who sleeps on them.
+    fn check_unexpected(&self, links: &mut L, from: usize) -> Result<bool> {
         let peer = &self.peers[from];
         if from == self.wiring.rank || peer.read > 0 {
-            return Ok(());
+            return Ok(false);
         }
-        let expected = peer.received < peer.recvs.len();
+        let next = peer.recvs.get(peer.received);
         let head = match links.peek(from) {
             // It has done its part of this call and is gone.
-            Err(Error::PeerLost { .. }) if !expected => return Ok(()),
+            Err(Error::PeerLost { .. }) if next.is_none() => return Ok(false),
             other => other?,
         };
         match head {
-            Some(head) if head.seq == self.stamp.seq && head.fingerprint == self.stamp.fingerprint => Ok(()),
-            Some(head) if head.seq <= self.stamp.seq || expected => self.check(from, &head, 0),
-            _ => Ok(()),
+            Some(head) if head.seq == self.stamp.seq && head.fingerprint == self.stamp.fingerprint => {
+                Ok(next.is_some_and(|&id| self.waits[id] == 0))
+            }
+            Some(head) if head.seq <= self.stamp.seq || next.is_some() => {
+                self.check(from, &head, 0).map(|()| false)
+            }
+            _ => Ok(false),
         }
     }
 
@@ -443,10 +448,11 @@ impl<L: Links> Run for Executor<'_, L> {
         if moved {
             return Ok(Progress::Moved);
         }
+        let mut came = false;
         for peer in 0..wiring.world {
-            self.check_unexpected(&mut links, peer)?;
+            came |= self.check_unexpected(&mut links, peer)?;
         }
-        Ok(Progress::Idle)
+        Ok(if came { Progress::Moved } else { Progress::Idle })
     }
 }
 

@@ -22,6 +22,7 @@ macro_rules! on_every_transport {
 }
 
 mod agreement;
+mod executor;
 mod failures;
 mod groups;
 mod hosts;

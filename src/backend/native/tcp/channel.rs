@@ -11,6 +11,9 @@ use super::wire::{self, LONGEST, Note};
 use crate::backend::native::memory::Piece;
 use crate::backend::native::p2p::Pattern;
 
+#[cfg(test)]
+mod tests;
+
 /// How often a line is read before the others have their turn.
 const READS: usize = 32;
 /// How many bytes of a message go between two notes.
@@ -177,9 +180,10 @@ impl Line {
             if self.ended {
                 return;
             }
-            let more = match self.digest(messages, deeds, events) {
-                Ok(()) => self.fill(messages, deeds),
-                Err(error) => Err(error),
+            // What has been read is used up at once: a descriptor does not become ready for it again.
+            let more = match self.fill(messages, deeds) {
+                Ok(true) => self.digest(messages, deeds, events).map(|()| true),
+                other => other,
             };
             match more {
                 Ok(true) => {}

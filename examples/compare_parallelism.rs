@@ -66,9 +66,9 @@ struct Measured {
     exposed: f64,
     /// The share of the ranks' time that the pipeline's measured timeline leaves empty.
     bubble: f64,
-    /// Bytes that one rank gives to its operations, in a step.
+    /// Bytes that one rank gives to its operations or gets from them, in a step.
     bytes: f64,
-    /// The largest resident memory of a rank, in MiB.
+    /// By how much the resident memory of a rank was larger at its peak than before there was a model, in MiB.
     memory: f64,
     /// Bytes of the whole model's gradients.
     gradients: usize,
@@ -84,6 +84,8 @@ fn measure(args: &Args, case: Case, file: &Path) -> Outcome {
     let mesh = DeviceMesh::new(&world, &[("dp", data), ("pp", pipeline), ("tp", tensor)])?;
     let [dp, pp, tp] = [mesh.group("dp")?, mesh.group("pp")?, mesh.group("tp")?];
     let link = calibrate(&world)?.link;
+    let text = gpt::Text::of_this_crate()?;
+    let before = memory("VmRSS:")?;
 
     let config =
         gpt::Config { context: CONTEXT, width: case.width, layers: args.layers, ..Default::default() };
@@ -96,7 +98,6 @@ fn measure(args: &Args, case: Case, file: &Path) -> Outcome {
         .data_parallel(&vs, &dp, DdpOptions::new())?;
     pipe.tie(&[0, pipeline - 1], tied.as_ref())?;
     let mut optimizer = nn::AdamW::default().build(&vs, 1e-3)?;
-    let text = gpt::Text::of_this_crate()?;
     let rows = case.batch / data as i64;
 
     let mut step = |number: usize| -> dist::Result<()> {
@@ -116,7 +117,7 @@ fn measure(args: &Args, case: Case, file: &Path) -> Outcome {
     let report = profiler.finish()?;
     let bubble = pipe.measured()?.bubble_share();
     let mine: i64 = vs.trainable_variables().iter().map(|t| t.numel() as i64).sum();
-    let all = world.all_gather_object(&(peak_memory()?, bubble, mine))?;
+    let all = world.all_gather_object(&((memory("VmHWM:")? - before).max(0.0), bubble, mine))?;
     if let Some(report) = report.filter(|_| world.rank() == 0) {
         let mut measured = summary(&report, args.steps);
         measured.memory = all.iter().map(|a| a.0).fold(0.0, f64::max);
@@ -145,10 +146,10 @@ fn summary(report: &Report, steps: usize) -> Measured {
     }
 }
 
-/// The most memory that this process ever had, in MiB.
-fn peak_memory() -> Outcome<f64> {
+/// A line of this process's status, in MiB.
+fn memory(name: &str) -> Outcome<f64> {
     let status = std::fs::read_to_string("/proc/self/status")?;
-    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:")).unwrap_or("0 kB");
+    let line = status.lines().find_map(|l| l.strip_prefix(name)).unwrap_or("0 kB");
     let kib: f64 = line.trim().trim_end_matches("kB").trim().parse()?;
     Ok(kib / 1024.0)
 }
@@ -177,18 +178,39 @@ fn ways(n: usize) -> Vec<(&'static str, Parallelism)> {
     ways
 }
 
-/// What the formulas say, from one worker's measured step and the measured link.
-fn predict(args: &Args, case: Case, alone: &Measured, link: &Link) -> dist::Result<StepTime> {
+/// What the formulas say.
+struct Predicted {
+    time: StepTime,
+    bytes: f64,
+    memory: f64,
+}
+
+/// From one worker's measured step and the measured link.
+fn predict(args: &Args, case: Case, alone: &Measured, link: &Link) -> dist::Result<Predicted> {
+    let activations = (case.batch * CONTEXT * case.width * 4) as usize;
     let workload = Workload {
         compute: alone.step,
         fixed: 0.0,
         gradient_bytes: alone.gradients,
-        activation_bytes: (case.batch * CONTEXT * case.width * 4) as usize,
+        activation_bytes: activations,
         layers: args.layers,
         cores: std::thread::available_parallelism().map_or(1, Into::into),
         contention: 1.0,
     };
-    workload.predict(case.how, link)
+    let time = workload.predict(case.how, link)?;
+    let Parallelism { data, tensor, pipeline, micro_batches } = case.how;
+    let [data, tensor, stages, parts] = [data, tensor, pipeline, micro_batches].map(|n| n as f64);
+    let (layers, activations) = (args.layers as f64, activations as f64);
+    let weights = alone.gradients as f64 / (tensor * stages);
+    // Gradients go round the copies; each layer sums activations four times over its ranks; and activations go to the
+    // next stage and gradients back, on the average rank of a pipeline with two ends.
+    let mut bytes = 4.0 * activations / data * (stages - 1.0) / stages;
+    bytes += if data > 1.0 { weights } else { 0.0 };
+    bytes += if tensor > 1.0 { 4.0 * layers / stages * activations / data } else { 0.0 };
+    // Weights, gradients and two moments of Adam; and what forward keeps for backward, of as many micro-batches as a
+    // stage has in flight: 17 times its activations in a layer, of which 5 are not split over ranks.
+    let kept = activations / data / parts * stages.min(parts) * layers / stages * (5.0 + 12.0 / tensor);
+    Ok(Predicted { time, bytes, memory: (4.0 * weights + kept) / f64::from(1 << 20) })
 }
 
 /// One row: a way, the place on the sweep's axis, what was measured and predicted.
@@ -196,96 +218,97 @@ struct Row {
     way: &'static str,
     at: f64,
     measured: Measured,
-    predicted: StepTime,
+    predicted: Predicted,
 }
 
-fn print(title: &str, axis: &str, rows: &[Row]) {
-    println!("\n{title} (milliseconds a step)");
+fn print(title: &str, at: &str, rows: &[Row]) {
+    println!("\n{title}: measured, predicted");
     println!(
-        "{:<9} {axis:>8} | {:>8} {:>8} {:>8} {:>7} | {:>8} {:>8} {:>8} {:>8} | {:>9} {:>9}",
-        "way",
-        "step",
-        "compute",
-        "exposed",
-        "bubble",
-        "step",
-        "compute",
-        "exposed",
-        "bubble",
-        "MB moved",
-        "peak MiB"
+        "{:<9} {at:>8} | {:^15} | {:^15} | {:^15} | {:^15} | {:^15} | {:^15}",
+        "way", "step (ms)", "compute (ms)", "exposed (ms)", "bubble (%)", "moved (MB)", "memory (MiB)"
     );
     for row in rows {
-        let (m, p) = (&row.measured, &row.predicted);
-        println!(
-            "{:<9} {:>8} | {:>8.1} {:>8.1} {:>8.1} {:>5.0} % | {:>8.1} {:>8.1} {:>8.1} {:>6.0} % | {:>9.2} {:>9.0}",
-            row.way,
-            row.at,
-            m.step * 1e3,
-            m.compute * 1e3,
-            m.exposed * 1e3,
-            m.bubble * 100.0,
-            p.total() * 1e3,
-            p.compute * 1e3,
-            p.exposed * 1e3,
-            100.0 * p.bubble / p.total(),
-            m.bytes / 1e6,
-            m.memory
-        );
+        print!("{:<9} {:>8}", row.way, row.at);
+        for chart in &CHARTS {
+            print!(" | {:>7.1} {:>7.1}", (chart.measured)(row), (chart.predicted)(row));
+        }
+        println!();
     }
 }
 
-/// One chart: its file, title and unit, what was measured, and what is predicted of it.
-type Chart = (&'static str, &'static str, &'static str, fn(&Row) -> f64, Option<fn(&Row) -> f64>);
+/// One chart: its file, title and axis, and what is drawn of a row.
+struct Chart {
+    file: &'static str,
+    title: &'static str,
+    y: &'static str,
+    measured: fn(&Row) -> f64,
+    predicted: fn(&Row) -> f64,
+}
 
 const CHARTS: [Chart; 6] = [
-    ("time", "Time of a step", "ms", |r| r.measured.step * 1e3, Some(|r| r.predicted.total() * 1e3)),
-    (
-        "compute",
-        "Computing in a step",
-        "ms",
-        |r| r.measured.compute * 1e3,
-        Some(|r| r.predicted.compute * 1e3),
-    ),
-    (
-        "exposed",
-        "Exposed communication in a step",
-        "ms",
-        |r| r.measured.exposed * 1e3,
-        Some(|r| r.predicted.exposed * 1e3),
-    ),
-    (
-        "bubble",
-        "Bubble of the pipeline",
-        "% of a step",
-        |r| r.measured.bubble * 100.0,
-        Some(|r| r.predicted.bubble / r.predicted.total() * 100.0),
-    ),
-    ("bytes", "Bytes that a rank moves in a step", "MB", |r| r.measured.bytes / 1e6, None),
-    ("memory", "Largest memory of a rank", "MiB", |r| r.measured.memory, None),
+    Chart {
+        file: "time",
+        title: "Time of a step",
+        y: "time (ms)",
+        measured: |r| r.measured.step * 1e3,
+        predicted: |r| r.predicted.time.total() * 1e3,
+    },
+    Chart {
+        file: "compute",
+        title: "Computing in a step",
+        y: "time (ms)",
+        measured: |r| r.measured.compute * 1e3,
+        predicted: |r| r.predicted.time.compute * 1e3,
+    },
+    Chart {
+        file: "exposed",
+        title: "Communication in a step that computing does not hide",
+        y: "time (ms)",
+        measured: |r| r.measured.exposed * 1e3,
+        predicted: |r| r.predicted.time.exposed * 1e3,
+    },
+    Chart {
+        file: "bubble",
+        title: "Bubble of the pipeline",
+        y: "share of a step (%)",
+        measured: |r| r.measured.bubble * 100.0,
+        predicted: |r| 100.0 * r.predicted.time.bubble / r.predicted.time.total(),
+    },
+    Chart {
+        file: "bytes",
+        title: "What a rank moves in a step",
+        y: "traffic (MB)",
+        measured: |r| r.measured.bytes / 1e6,
+        predicted: |r| r.predicted.bytes / 1e6,
+    },
+    Chart {
+        file: "memory",
+        title: "Memory for training on a rank, at its peak",
+        y: "memory (MiB)",
+        measured: |r| r.measured.memory,
+        predicted: |r| r.predicted.memory,
+    },
 ];
 
 /// Measured dots and predicted lines of every way.
 fn draw(args: &Args, stem: &str, x: &str, rows: &[Row]) -> Outcome {
-    for (name, title, y, measured, predicted) in CHARTS {
+    for chart in &CHARTS {
         let mut series = Vec::new();
-        for way in ["data", "tensor", "pipeline", "combined"] {
-            let of_way = || rows.iter().filter(|r| r.way == way || r.way == "alone");
-            let has_bubble = name != "bubble" || ["pipeline", "combined"].contains(&way);
+        for (color, way) in ["data", "tensor", "pipeline", "combined"].into_iter().enumerate() {
+            let has_bubble = chart.file != "bubble" || ["pipeline", "combined"].contains(&way);
             if !has_bubble || rows.iter().all(|r| r.way != way) {
                 continue;
             }
-            let points = of_way().map(|r| (r.at, measured(r))).collect();
-            match predicted {
-                Some(predicted) => {
-                    series.push(plot::Series::dots(&format!("{way}, measured"), points));
-                    let points = of_way().map(|r| (r.at, predicted(r))).collect();
-                    series.push(plot::Series::line(&format!("{way}, predicted"), points));
-                }
-                None => series.push(plot::Series::line(way, points)),
-            }
+            let points = |of: fn(&Row) -> f64| -> Vec<(f64, f64)> {
+                rows.iter().filter(|r| r.way == way || r.way == "alone").map(|r| (r.at, of(r))).collect()
+            };
+            let color = Some(color);
+            let dots = plot::Series::dots(&format!("{way}, measured"), points(chart.measured));
+            let line = plot::Series::line(&format!("{way}, predicted"), points(chart.predicted));
+            series.extend([plot::Series { color, ..dots }, plot::Series { color, ..line }]);
         }
-        plot::lines(&args.out.join(format!("{stem}_{name}")), plot::Labels { title, x, y }, &series)?;
+        let labels = plot::Labels { title: chart.title, x, y: chart.y };
+        plot::lines(&args.out.join(format!("{stem}_{}", chart.file)), labels, &series)?;
     }
     println!("drawn: {}_*.svg and .png", args.out.join(stem).display());
     Ok(())
@@ -328,14 +351,13 @@ fn main() -> Outcome {
     if !args.quick {
         let n = vec![args.workers];
         let batches = [16, 32, 64].map(|batch| (batch as f64, n.clone(), Case { batch, ..base }));
-        sweep("Larger batches", "batch", "batch", batches.to_vec())?;
+        sweep("Larger batches", "batch (sequences)", "batch", batches.to_vec())?;
         let widths = [32, 64, 128].map(|width| (width as f64, n.clone(), Case { width, ..base }));
-        sweep("A larger model", "width", "width", widths.to_vec())?;
+        sweep("A larger model", "width (features)", "width", widths.to_vec())?;
     }
     // Behind the last launch: ranks never come here.
-    println!("each row: measured | predicted | traffic and memory of one rank");
     for (title, axis, stem, rows) in &done {
-        print(title, axis, rows);
+        print(title, stem, rows);
         draw(&args, stem, axis, rows)?;
     }
     Ok(())

@@ -10,7 +10,7 @@ use tracing::level_filters::LevelFilter;
 
 use super::clock;
 use super::diagnose::GroupRecord;
-use super::events::{Event, Span};
+use super::events::{Event, Other, Span};
 use super::flight::{Activity, Envelope, FlightRecorder, Mark};
 
 /// The target of the spans that a `tracing` collector gets.
@@ -47,6 +47,7 @@ pub(crate) struct Watch {
 struct Seen {
     activity: Activity,
     bytes: usize,
+    envelope: Option<Envelope>,
     from_ns: u64,
     seq: u64,
     span: tracing::Span,
@@ -156,11 +157,11 @@ impl GroupInstrument {
     ) -> Watch {
         let mark = self.flight.begin(activity, bytes, envelope, site);
         let watched = self.shared.is_profiling() | somebody_collects();
-        Watch { mark, seen: if watched { Some(self.see(activity, bytes)) } else { None } }
+        Watch { mark, seen: if watched { Some(self.see(activity, bytes, envelope)) } else { None } }
     }
 
     #[cold]
-    fn see(&self, activity: Activity, bytes: usize) -> Box<Seen> {
+    fn see(&self, activity: Activity, bytes: usize, envelope: Option<Envelope>) -> Box<Seen> {
         let seq = match activity.is_collective() {
             true => self.collectives.fetch_add(1, Ordering::Relaxed) as u64,
             false => 0,
@@ -169,7 +170,7 @@ impl GroupInstrument {
             target: TARGET, "collective",
             activity = activity.name(), group = %self.name, seq, bytes, ok = field::Empty,
         );
-        Box::new(Seen { activity, bytes, from_ns: clock::now_ns(), seq, span })
+        Box::new(Seen { activity, bytes, envelope, from_ns: clock::now_ns(), seq, span })
     }
 
     /// The call has ended.
@@ -183,11 +184,14 @@ impl GroupInstrument {
 
     #[cold]
     fn seen(&self, seen: &Seen, ok: bool) {
-        let &Seen { activity, bytes, from_ns, seq, ref span } = seen;
+        let &Seen { activity, bytes, envelope, from_ns, seq, ref span } = seen;
         span.record("ok", ok);
-        if self.shared.is_profiling() {
+        // Nothing moves within a group of one.
+        if self.shared.is_profiling() && self.ranks.len() > 1 {
             let group = format!("{} {:?}", self.name, self.ranks);
-            let event = Event::Communication { activity, group, seq, bytes: bytes as u64 };
+            let rank = |peer: usize| self.ranks.get(peer).copied();
+            let other = envelope.map(|e| Other { rank: e.peer.and_then(rank), tag: e.tag });
+            let event = Event::Communication { activity, group, seq, bytes: bytes as u64, other };
             self.shared.push(Span { from_ns, to_ns: clock::now_ns(), event });
         }
     }

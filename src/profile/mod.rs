@@ -35,6 +35,7 @@ mod dump;
 mod events;
 mod flight;
 mod instrument;
+mod late;
 mod profiler;
 mod report;
 mod trace;

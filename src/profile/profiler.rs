@@ -103,7 +103,9 @@ impl Profiler {
             span.from_ns = span.from_ns.saturating_add_signed(-ahead);
             span.to_ns = span.to_ns.saturating_add_signed(-ahead);
         }
-        let own = RankEvents { rank: self.group.rank(), event_ns: self.event_ns, spans };
+        let rank = self.group.rank();
+        let world_rank = self.group.ranks()[rank];
+        let own = RankEvents { rank, world_rank, event_ns: self.event_ns, spans };
         let report = Report::new(self.group.all_gather_object(&own)?);
         if let (0, Some(path)) = (self.group.rank(), &self.trace_file) {
             report.write_trace(path)?;
@@ -152,6 +154,30 @@ mod tests {
         assert!(report.ranks[1].idle > report.ranks[0].idle, "{report}");
         let reduce = report.activities.iter().find(|a| a.activity.name() == "all_reduce").unwrap();
         assert_eq!((reduce.count, reduce.bytes), (12, 12 * 1024));
+    }
+
+    #[test]
+    fn a_slowed_stage_is_named_also_where_the_others_wait_for_messages() {
+        let reports = run_threads(3, |group| {
+            let profiler = Profiler::new(&group, ProfileOptions::new().enabled(true)).unwrap();
+            let mut t = Tensor::from_slice(&[1.0f32; 256]);
+            for _ in 0..4 {
+                // From rank 2 by rank 1 to rank 0; rank 2 is slow, and rank 1 waits too.
+                profiler.step(|| match group.rank() {
+                    0 => drop(group.recv(&mut t, 1, 0).unwrap()),
+                    1 => {
+                        group.recv(&mut t, 2, 0).unwrap();
+                        group.send(&t, 0, 0).unwrap();
+                    }
+                    _ => {
+                        std::thread::sleep(Duration::from_millis(40));
+                        group.send(&t, 1, 0).unwrap();
+                    }
+                });
+            }
+            profiler.finish().unwrap().unwrap()
+        });
+        assert_eq!(reports[0].slowest().map(|s| s.0), Some(2), "{}", reports[0]);
     }
 
     #[test]

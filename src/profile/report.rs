@@ -6,9 +6,9 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use super::events::{Event, RankEvents, Span, covered};
+use super::events::{Event, RankEvents, Union};
 use super::flight::Activity;
-use super::trace;
+use super::{late, trace};
 use crate::{Error, Result};
 
 /// The time of one rank over all its profiled steps, in seconds.
@@ -26,7 +26,7 @@ pub struct RankReport {
     pub communication: f64,
     /// Spent waiting in a blocking call or in `Work::wait`: not hidden by computing.
     pub exposed: f64,
-    /// The part of `exposed` before the last rank had called: waiting for stragglers.
+    /// The part of `exposed` before the last rank had called, or the sender of a message: waiting for stragglers.
     pub waiting: f64,
     /// Neither computing nor waiting for communication: asleep, reading, or another process had the core.
     pub idle: f64,
@@ -92,15 +92,17 @@ pub struct Report {
 impl Report {
     pub(crate) fn new(events: Vec<RankEvents>) -> Self {
         let mut ranks: Vec<RankReport> = events.iter().map(rank_report).collect();
-        stragglers(&events, &mut ranks);
+        late::find(&events, &mut ranks);
         let overhead = Overhead::new(&events, &ranks);
         Self { ranks, activities: activities(&events), overhead, events }
     }
 
-    /// The rank that others waited for longest, and for how many seconds; `None` where nobody waited.
+    /// The rank that others waited for longest, and for how many seconds; `None` where nobody waited. A rank that is late
+    /// because it waited itself, as a stage of a pipeline behind a slow one, is not it: what it waited is taken off.
     pub fn slowest(&self) -> Option<(usize, f64)> {
-        let worst = self.ranks.iter().max_by(|a, b| a.caused.total_cmp(&b.caused))?;
-        (worst.caused > 0.0).then_some((worst.rank, worst.caused))
+        let own = |r: &RankReport| r.caused - r.waiting;
+        let late = self.ranks.iter().filter(|r| r.caused > 0.0);
+        late.max_by(|a, b| own(a).total_cmp(&own(b))).map(|worst| (worst.rank, worst.caused))
     }
 
     /// Writes the trace of all ranks, on one clock: open it in Perfetto or chrome://tracing.
@@ -110,21 +112,24 @@ impl Report {
     }
 }
 
-fn seconds(ns: u64) -> f64 {
+pub(super) fn seconds(ns: u64) -> f64 {
     ns as f64 / 1e9
 }
 
-fn blocked(spans: &[Span]) -> impl Iterator<Item = (u64, u64)> + '_ {
-    spans.iter().filter(|s| s.event == Event::Blocked).map(|s| (s.from_ns, s.to_ns))
+/// When a rank was blocked by communication.
+pub(super) fn blocked(rank: &RankEvents) -> Union {
+    let spans = rank.spans.iter().filter(|s| s.event == Event::Blocked);
+    Union::new(spans.map(|s| (s.from_ns, s.to_ns)))
 }
 
 fn rank_report(rank: &RankEvents) -> RankReport {
     let mut report = RankReport { rank: rank.rank, ..RankReport::default() };
+    let flying = rank.spans.iter().filter(|s| matches!(s.event, Event::Communication { .. }));
+    let (flying, blocked) = (Union::new(flying.map(|s| (s.from_ns, s.to_ns))), blocked(rank));
     for span in &rank.spans {
         let Event::Step { cpu_ns } = span.event else { continue };
         let (from, to) = (span.from_ns, span.to_ns);
-        let flying = rank.spans.iter().filter(|s| matches!(s.event, Event::Communication { .. }));
-        let exposed = seconds(covered(from, to, blocked(&rank.spans)));
+        let exposed = seconds(blocked.covers(from, to));
         let wall = seconds(to.saturating_sub(from));
         // Waiting may spin on a core, so only what lies outside it can be computing.
         let compute = seconds(cpu_ns).min(wall - exposed).max(0.0);
@@ -132,34 +137,10 @@ fn rank_report(rank: &RankEvents) -> RankReport {
         report.wall += wall;
         report.compute += compute;
         report.exposed += exposed;
-        report.communication += seconds(covered(from, to, flying.map(|s| (s.from_ns, s.to_ns))));
+        report.communication += seconds(flying.covers(from, to));
         report.idle += (wall - exposed - compute).max(0.0);
     }
     report
-}
-
-/// For each collective: who called last, and how long others were blocked until then.
-fn stragglers(events: &[RankEvents], reports: &mut [RankReport]) {
-    // Of each collective of each group: who called, from when to when.
-    type Calls = Vec<(usize, u64, u64)>;
-    let mut calls: BTreeMap<(&str, u64), Calls> = BTreeMap::new();
-    for (index, rank) in events.iter().enumerate() {
-        for span in &rank.spans {
-            if let Event::Communication { activity, group, seq, .. } = &span.event
-                && activity.is_collective()
-            {
-                calls.entry((group, *seq)).or_default().push((index, span.from_ns, span.to_ns));
-            }
-        }
-    }
-    for arrivals in calls.values() {
-        let Some(&(last, at, _)) = arrivals.iter().max_by_key(|(_, from, _)| *from) else { continue };
-        for &(index, from, to) in arrivals.iter().filter(|(index, ..)| *index != last) {
-            let waited = seconds(covered(from, to.min(at), blocked(&events[index].spans)));
-            reports[index].waiting += waited;
-            reports[last].caused += waited;
-        }
-    }
 }
 
 fn activities(events: &[RankEvents]) -> Vec<ActivityReport> {
@@ -229,17 +210,32 @@ impl fmt::Display for Report {
 
 #[cfg(test)]
 mod tests {
+    use super::super::events::{Other, Span};
     use super::*;
 
     const MS: u64 = 1_000_000;
 
     fn call(seq: u64, from: u64, to: u64) -> [Span; 2] {
         let group = "0".to_owned();
-        let event = Event::Communication { activity: Activity::AllReduce, group, seq, bytes: 1000 };
+        let event =
+            Event::Communication { activity: Activity::AllReduce, group, seq, bytes: 1000, other: None };
         [
             Span { from_ns: from * MS, to_ns: to * MS, event },
             Span { from_ns: from * MS, to_ns: to * MS, event: Event::Blocked },
         ]
+    }
+
+    fn message(activity: Activity, rank: usize, from: u64, to: u64) -> [Span; 2] {
+        let (group, other) = ("0".to_owned(), Some(Other { rank: Some(rank), tag: 0 }));
+        let event = Event::Communication { activity, group, seq: 0, bytes: 8, other };
+        [
+            Span { from_ns: from * MS, to_ns: to * MS, event },
+            Span { from_ns: from * MS, to_ns: to * MS, event: Event::Blocked },
+        ]
+    }
+
+    fn events(rank: usize, event_ns: f64, spans: impl IntoIterator<Item = Span>) -> RankEvents {
+        RankEvents { rank, world_rank: rank, event_ns, spans: spans.into_iter().collect() }
     }
 
     fn step(from: u64, to: u64, cpu: u64) -> Span {
@@ -251,8 +247,8 @@ mod tests {
         let [a, b] = call(0, 10, 42);
         let [c, d] = call(0, 40, 42);
         let report = Report::new(vec![
-            RankEvents { rank: 0, event_ns: 500.0, spans: vec![step(0, 50, 15), a, b] },
-            RankEvents { rank: 1, event_ns: 400.0, spans: vec![step(0, 50, 45), c, d] },
+            events(0, 500.0, [step(0, 50, 15), a, b]),
+            events(1, 400.0, [step(0, 50, 45), c, d]),
         ]);
         assert_eq!(report.slowest().map(|(rank, _)| rank), Some(1));
         let first = &report.ranks[0];
@@ -270,10 +266,28 @@ mod tests {
     #[test]
     fn communication_behind_computing_is_not_exposed() {
         let [hidden, _] = call(0, 10, 30);
-        let report =
-            Report::new(vec![RankEvents { rank: 0, event_ns: 500.0, spans: vec![step(0, 40, 40), hidden] }]);
+        let report = Report::new(vec![events(0, 500.0, [step(0, 40, 40), hidden])]);
         assert_eq!(report.ranks[0].exposed, 0.0);
         assert!((report.ranks[0].communication - 0.020).abs() < 1e-9);
         assert_eq!(report.slowest(), None);
+    }
+
+    #[test]
+    fn the_stage_that_sends_late_is_the_slowest_and_not_the_one_between() {
+        // Rank 2 sends to rank 1 at 40 ms, and rank 1 to rank 0 at 42 ms.
+        let [a, b] = message(Activity::Send, 1, 40, 41);
+        let [c, d] = message(Activity::Recv, 2, 0, 41);
+        let [e, f] = message(Activity::Send, 0, 42, 43);
+        let [g, h] = message(Activity::Recv, 1, 1, 43);
+        let report = Report::new(vec![
+            events(0, 0.0, [step(0, 50, 5), g, h]),
+            events(1, 0.0, [step(0, 50, 5), c, d, e, f]),
+            events(2, 0.0, [step(0, 50, 45), a, b]),
+        ]);
+        let near = |a: f64, b: f64| (a - b).abs() < 1e-9;
+        let waiting: Vec<_> = report.ranks.iter().map(|r| r.waiting).collect();
+        assert!(near(waiting[0], 0.041) && near(waiting[1], 0.040) && near(waiting[2], 0.0), "{report}");
+        let (rank, caused) = report.slowest().unwrap();
+        assert!(rank == 2 && near(caused, 0.040), "{report}");
     }
 }

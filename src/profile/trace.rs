@@ -92,7 +92,7 @@ fn event<'a>(rank: &RankEvents, span: &'a Span, tid: usize, origin: u64) -> Trac
     let (name, cat, args) = match &span.event {
         Event::Step { .. } => ("step", "step", None),
         Event::Blocked => ("wait", "wait", None),
-        Event::Communication { activity, group, seq, bytes } => {
+        Event::Communication { activity, group, seq, bytes, .. } => {
             (activity.name(), "communication", Some(Args { group, seq: *seq, bytes: *bytes }))
         }
     };
@@ -118,11 +118,13 @@ mod tests {
                     group: "0".into(),
                     seq: 3,
                     bytes: 64,
+                    other: None,
                 },
             },
         ];
-        let ranks: Vec<_> =
-            (0..2).map(|rank| RankEvents { rank, event_ns: 0.0, spans: spans.clone() }).collect();
+        let ranks: Vec<_> = (0..2)
+            .map(|rank| RankEvents { rank, world_rank: rank, event_ns: 0.0, spans: spans.clone() })
+            .collect();
         let json: serde_json::Value = serde_json::from_str(&to_json(&ranks).unwrap()).unwrap();
         let events = json["traceEvents"].as_array().unwrap();
         let reduce = events.iter().find(|e| e["name"] == "all_reduce" && e["pid"] == 1).unwrap();
@@ -134,11 +136,12 @@ mod tests {
     fn spans_that_overlap_are_on_threads_of_their_own() {
         let call = |from_ns, to_ns| {
             let (activity, group) = (Activity::AllReduce, "0".to_owned());
-            Span { from_ns, to_ns, event: Event::Communication { activity, group, seq: from_ns, bytes: 4 } }
+            let event = Event::Communication { activity, group, seq: from_ns, bytes: 4, other: None };
+            Span { from_ns, to_ns, event }
         };
         // The first two overlap; the third begins where the first ends.
         let spans = vec![call(10, 30), call(20, 50), call(30, 40)];
-        let json = to_json(&[RankEvents { rank: 0, event_ns: 0.0, spans }]).unwrap();
+        let json = to_json(&[RankEvents { rank: 0, world_rank: 0, event_ns: 0.0, spans }]).unwrap();
         let json: serde_json::Value = serde_json::from_str(&json).unwrap();
         let events = json["traceEvents"].as_array().unwrap();
         let thread = |seq: u64| &events.iter().find(|e| e["args"]["seq"] == seq).unwrap()["tid"];

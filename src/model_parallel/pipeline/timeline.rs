@@ -143,9 +143,11 @@ impl Timeline {
 }
 
 fn name(plan: &Plan) -> String {
-    let (p, m) = (plan.ranks(), plan.micro_batches());
+    let many = |n: usize, one: &str, many: &str| format!("{n} {}", if n == 1 { one } else { many });
+    let ranks = many(plan.ranks(), "rank", "ranks");
+    let batches = many(plan.micro_batches(), "micro-batch", "micro-batches");
     match plan.chunks() {
-        1 => format!("{}, {p} ranks, {m} micro-batches", plan.schedule()),
-        v => format!("{}, {p} ranks with {v} stages each, {m} micro-batches", plan.schedule()),
+        1 => format!("{}, {ranks}, {batches}", plan.schedule()),
+        v => format!("{}, {ranks} with {v} stages each, {batches}", plan.schedule()),
     }
 }

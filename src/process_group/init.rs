@@ -9,7 +9,7 @@ use parking_lot::{Mutex, RwLock};
 use tch::Device;
 
 use super::ProcessGroup;
-use super::groups::{Formation, form};
+use super::formation::{Formation, form};
 
 use super::spec::BackendSpec;
 use super::state::Universe;

@@ -10,6 +10,7 @@ mod coalesce;
 mod collectives;
 mod debug;
 mod draft;
+mod formation;
 mod free;
 mod group;
 mod groups;

@@ -77,6 +77,10 @@ impl Engine {
             }
             let here = |(rank, p): (usize, &Presence)| rank != self.rank && *p == Presence::Here;
             if !presence.iter().enumerate().any(here) {
+                // Ranks of a group that has failed go as well; they have told why before they did.
+                if self.flag(FAILED) {
+                    break Error::Aborted;
+                }
                 return Ok(());
             }
             if rest(self) {

@@ -130,6 +130,22 @@ fn a_skipped_last_call_is_found_at_shutdown() {
     }
 }
 
+fn a_skipped_last_call_is_found_however_soon_the_others_go() {
+    for round in 0..50 {
+        let found = ranks(2, move |rank| {
+            rank.barrier().unwrap();
+            if rank.rank == 0 {
+                // Fails in the call, and goes.
+                let call = rank.all_reduce(&tensor(1, Kind::Float), ReduceOp::Sum);
+                return call.and(rank.shutdown()).is_err();
+            }
+            std::thread::sleep(Duration::from_micros(round * 20));
+            rank.shutdown().is_err()
+        });
+        assert_eq!(found, [true, true], "round {round}");
+    }
+}
+
 fn a_rank_that_calls_twice_is_found() {
     let errors = ranks(2, |rank| {
         if rank.rank == 1 {
@@ -160,6 +176,7 @@ on_every_transport! {
     a_different_kind_or_reduce_op_is_told_in_words,
     lengths_that_two_ranks_disagree_about_are_told_to_both,
     a_skipped_last_call_is_found_at_shutdown,
+    a_skipped_last_call_is_found_however_soon_the_others_go,
     a_rank_that_calls_twice_is_found,
     shutdown_of_ranks_that_agree_is_quiet_and_repeatable,
 }

@@ -36,7 +36,8 @@ const FREE: &[&str] = &[
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
 /// Where no function of libtorch is there, that is no error, and none is looked for before it is called.
-const OPEN: &str = "-Zplt=yes -Crelro-level=partial -Clink-arg=-Wl,--unresolved-symbols=ignore-all \
+/// Rustix is to ask libc for the time: by itself it would call the kernel's page for that, which Valgrind hides.
+const OPEN: &str = "--cfg=rustix_use_libc -Zplt=yes -Crelro-level=partial -Clink-arg=-Wl,--unresolved-symbols=ignore-all \
                     -Clink-arg=-Wl,-z,lazy";
 /// The same with AddressSanitizer, with libtorch and without, so that what they share is built once.
 const ADDRESS: &str = "-Zsanitizer=address -Zplt=yes -Crelro-level=partial \
@@ -112,12 +113,23 @@ pub(crate) fn run(arguments: &[String]) -> Result<()> {
 }
 
 fn miri(tests: &[String]) -> Result<Outcome> {
-    let there = cargo().args(["miri", "--version"]).output().is_ok_and(|output| output.status.success());
-    if !there {
-        let reason = "this toolchain has no Miri (`rustup component add miri` on a nightly one)";
+    // This toolchain's own, or else the one of a nightly beside it.
+    let nightly = || {
+        let mut command = Command::new("rustup");
+        command.current_dir(root()).args(["run", "nightly", "cargo"]);
+        command
+    };
+    let there = |mut cargo: Command| {
+        cargo.args(["miri", "--version"]).output().is_ok_and(|output| output.status.success())
+    };
+    let mut command = if there(cargo()) {
+        cargo()
+    } else if there(nightly()) {
+        nightly()
+    } else {
+        let reason = "there is no Miri (`rustup component add --toolchain nightly miri rust-src`)";
         return Ok(Outcome::Absent(reason.to_owned()));
-    }
-    let mut command = cargo();
+    };
     command.args(["miri", "test", "--features", "doc-only", "--lib", "--target-dir"]);
     command.arg(folder("miri"));
     // The property tests read the environment and the clock. A few cases each: Miri is slow.

@@ -128,7 +128,11 @@ fn check(op: Op, hosts: &[usize], lens: &[Vec<usize>], tuning: &Tuning, links: L
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 1000, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig {
+        cases: if cfg!(miri) { 3 } else { 1000 }, // Miri is slow.
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    })]
 
     #[test]
     fn every_schedule_ends_on_any_layout_of_hosts_and_gives_what_the_operation_means(

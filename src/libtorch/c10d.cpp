@@ -32,8 +32,11 @@ std::unique_ptr<C10dWork> pending(c10::intrusive_ptr<c10d::Work> work) {
 C10dWork::C10dWork(std::unique_ptr<WorkParts> parts) : parts_(std::move(parts)) {}
 C10dWork::~C10dWork() = default;
 
-void C10dWork::wait(std::int64_t timeout_ms) const {
-  parts_->work->wait(milliseconds(timeout_ms));
+bool C10dWork::wait(std::int64_t timeout_ms) const {
+  return parts_->work->wait(milliseconds(timeout_ms));
+}
+void C10dWork::abort() const {
+  parts_->work->abort();
 }
 void C10dWork::order() const {
   parts_->work->synchronize();
@@ -61,7 +64,15 @@ bool C10dWork::tell(rust::Box<WorkEnd> end) const {
   // A std::function must be copyable.
   auto shared = std::make_shared<rust::Box<WorkEnd>>(std::move(end));
   future->addCallback([shared](c10::ivalue::Future& future) {
-    work_ended(**shared, future.hasError() ? future.tryRetrieveErrorMessage() : std::string());
+    // The empty text is what says that it ended well.
+    std::string error;
+    if (future.hasError()) {
+      error = future.tryRetrieveErrorMessage();
+      if (error.empty()) {
+        error = "an error without a message";
+      }
+    }
+    work_ended(**shared, error);
   });
   return true;
 }

@@ -17,8 +17,11 @@ class C10dWork {
  public:
   explicit C10dWork(std::unique_ptr<WorkParts> parts);
   ~C10dWork();
-  /// Blocks until the operation has ended; throws what it failed with. A timeout breaks Gloo's connections.
-  void wait(std::int64_t timeout_ms) const;
+  /// Blocks until the operation has ended; throws what it failed with. A timeout breaks Gloo's connections. False where
+  /// `abort` ended it.
+  bool wait(std::int64_t timeout_ms) const;
+  /// Ends the waiting for one of Gloo's messages.
+  void abort() const;
   /// What this thread's current stream does from now on comes after it (NCCL). Does not block.
   void order() const;
   bool completed() const;

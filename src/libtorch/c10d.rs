@@ -38,7 +38,8 @@ mod ffi {
         type StoreHandle = crate::libtorch::store::ffi::StoreHandle;
 
         type C10dWork;
-        fn wait(self: &C10dWork, timeout_ms: i64) -> Result<()>;
+        fn wait(self: &C10dWork, timeout_ms: i64) -> Result<bool>;
+        fn abort(self: &C10dWork) -> Result<()>;
         fn order(self: &C10dWork) -> Result<()>;
         fn completed(self: &C10dWork) -> Result<bool>;
         fn check(self: &C10dWork) -> Result<()>;
@@ -178,7 +179,16 @@ pub(crate) struct C10dWork(UniquePtr<ffi::C10dWork>);
 impl C10dWork {
     /// Blocks until the end; a timeout breaks Gloo's connections.
     pub(crate) fn wait(&self, timeout_ms: i64) -> Told<()> {
-        self.0.wait(timeout_ms).map_err(told)
+        match self.0.wait(timeout_ms) {
+            Ok(true) => Ok(()),
+            Ok(false) => Err("the operation was aborted".to_owned()),
+            Err(exception) => Err(told(exception)),
+        }
+    }
+
+    /// Ends the waiting for one of Gloo's messages, and any later one.
+    pub(crate) fn abort(&self) -> Told<()> {
+        self.0.abort().map_err(told)
     }
 
     /// What this thread's current stream does from now on comes after it (NCCL). Does not block.

@@ -4,7 +4,7 @@
 //! orders its stream behind it ([`Completion::given`]); of the end itself [`lookout`](super::lookout) tells.
 
 use std::any::Any;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -14,6 +14,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::combine::{Flavor, combine};
 use super::inquest::{Failure, Witness};
+use super::listeners::Listeners;
 use super::lookout::{Charge, Given, Lookout};
 use super::messages::given_order;
 use super::ops::{Refusal, Site, Started};
@@ -34,6 +35,9 @@ pub(super) fn alone_at_the_recorder() -> MutexGuard<'static, ()> {
     RECORDER.lock()
 }
 
+/// How long the other ranks are asked why an operation failed, and are told of an abort.
+const INQUEST: Duration = Duration::from_secs(10);
+
 /// How long a rank that leaves waits for others that are still connecting.
 const SETTLING: Duration = Duration::from_secs(10);
 
@@ -50,9 +54,9 @@ pub(super) struct Shared {
     pure: bool,
     /// Held while operations are started: their order is the same on every rank. The number of the last.
     pub(super) order: Mutex<u64>,
-    pub(super) own: Own,
-    /// How many receives from any rank are under way, by tag.
-    pub(super) from_any: Mutex<HashMap<u32, usize>>,
+    pub(super) own: Arc<Own>,
+    /// Gloo's receives from any rank.
+    pub(super) listeners: Arc<Listeners>,
     /// Gloo's collectives under way, by number: what each is, and since when.
     at_work: Mutex<BTreeMap<u64, (String, Instant)>>,
     /// Whether somebody is asking the others what they are stuck in.
@@ -73,6 +77,29 @@ struct Fate {
     cause: Option<Arc<Error>>,
     /// What failed while the cause is being looked for, or `None` where nobody looks.
     waiting: Option<Vec<Completion>>,
+}
+
+/// An operation under way. Who waits until none is learns of its end, and of its loss.
+pub(super) struct Underway(pub(super) Arc<Shared>);
+
+impl Underway {
+    pub(super) fn end(self, result: Told<()>, keep: Keep, failure: Failure, done: Completion) {
+        match result {
+            Ok(()) => done.complete(keep().map(|source| Receipt { source })),
+            Err(text) => {
+                drop(keep);
+                self.0.failed(Failure { text, ..failure }, done);
+            }
+        }
+    }
+}
+
+impl Drop for Underway {
+    fn drop(&mut self) {
+        self.0.pending.fetch_sub(1, Ordering::AcqRel);
+        let _guard = self.0.quiet.0.lock();
+        self.0.quiet.1.notify_all();
+    }
 }
 
 /// Keeps tensors until an operation has ended, and does what is left to do then; gives the sender of a message.
@@ -125,6 +152,7 @@ impl Engine {
         pure: bool,
         side: Option<Mutex<SideStream>>,
     ) -> Self {
+        let own = Own::new(witness.rank);
         Self(Arc::new(Shared {
             flavor,
             backend: Some(backend),
@@ -132,8 +160,8 @@ impl Engine {
             witness,
             pure,
             order: Mutex::new(0),
-            own: Own::default(),
-            from_any: Mutex::default(),
+            own,
+            listeners: Arc::default(),
             at_work: Mutex::default(),
             asking: AtomicBool::new(false),
             side,
@@ -228,9 +256,8 @@ impl CollectiveBackend for Engine {
                     drop(call);
                     tensors()
                 });
-                let (shared, start, ms) = (shared.clone(), Instant::now(), site.ms);
-                shared.begin();
-                shared.clone().look_after(Charge { shared, given, keep, failure, start, ms, done });
+                let (underway, start, ms) = (shared.begin(), Instant::now(), site.ms);
+                shared.look_after(Charge { underway, given, keep, failure, start, ms, done });
             }
             Err(Refusal::Error(error)) => done.complete(Err(error)),
             Err(Refusal::Told(text)) => shared.failed(Failure { text, ..failure }, done),
@@ -254,11 +281,12 @@ impl CollectiveBackend for Engine {
             }
             fate.cause = Some(cause.clone());
         }
-        shared.end_own(cause);
+        shared.own.close(cause);
         let shared = shared.clone();
         let cause = cause.clone();
         waiters::run(move || {
-            shared.witness.announce(&cause);
+            let witness = shared.witness.clone();
+            waiters::within(INQUEST, move || witness.announce(&cause));
             shared.cut();
         });
     }
@@ -280,9 +308,12 @@ impl CollectiveBackend for Engine {
             }
         }
         drop(guard);
-        shared.witness.see_others_settled(timeout.min(SETTLING));
+        let (witness, patience) = (shared.witness.clone(), timeout.min(SETTLING));
+        if !patience.is_zero() {
+            waiters::within(patience, move || witness.see_others_settled(patience));
+        }
         let own = shared.own.is_empty();
-        shared.end_own(&Arc::new(Error::Aborted));
+        shared.own.close(&Arc::new(Error::Aborted));
         match shared.pending.load(Ordering::Acquire) {
             0 if own => Ok(()),
             _ if shared.cause().is_some() => Ok(()),
@@ -348,8 +379,9 @@ impl Shared {
     }
 
     /// One more operation is under way.
-    pub(super) fn begin(&self) {
+    pub(super) fn begin(self: &Arc<Self>) -> Underway {
         self.pending.fetch_add(1, Ordering::AcqRel);
+        Underway(self.clone())
     }
 
     pub(super) fn look_after(&self, charge: Charge) {
@@ -362,19 +394,20 @@ impl Shared {
 
     /// Passes the end of one of Gloo's operations on.
     fn watch(self: &Arc<Self>, work: &C10dWork, keep: Keep, failure: Failure, done: Completion) {
-        self.begin();
-        let (shared, start) = (self.clone(), Instant::now());
-        self.at_work.lock().insert(failure.seq, (failure.print.clone(), start));
+        let (underway, seq, start) = (self.begin(), failure.seq, Instant::now());
+        self.at_work.lock().insert(seq, (failure.print.clone(), start));
         let end = move |result: Told<()>| {
-            shared.at_work.lock().remove(&failure.seq);
-            shared.ended(result, keep, Failure { elapsed: start.elapsed(), ..failure }, done);
+            underway.0.at_work.lock().remove(&seq);
+            underway.end(result, keep, Failure { elapsed: start.elapsed(), ..failure }, done);
         };
-        match work.tell(end) {
-            Ok(true) => {}
-            // The end was dropped, and the completion with it: it says `Aborted`.
-            Ok(false) => tracing::error!("gloo gave an operation without a future"),
-            Err(text) => tracing::error!("gloo gave an operation without an end: {text}"),
-        }
+        let what = match work.tell(end) {
+            Ok(true) => return,
+            Ok(false) => "it has no future".to_owned(),
+            Err(text) => text,
+        };
+        // The end was dropped, and the completion with it: it says `Aborted`.
+        tracing::error!("gloo cannot tell of the end of an operation: {what}");
+        self.at_work.lock().remove(&seq);
     }
 
     /// The collective that has been under way for longer than this, if the group has not failed.
@@ -384,19 +417,6 @@ impl Shared {
         let fate = self.fate.lock();
         let stuck = since.elapsed() > quick && fate.cause.is_none() && fate.waiting.is_none();
         stuck.then(|| (*seq, print.clone()))
-    }
-
-    pub(super) fn ended(self: &Arc<Self>, result: Told<()>, keep: Keep, failure: Failure, done: Completion) {
-        match result {
-            Ok(()) => done.complete(keep().map(|source| Receipt { source })),
-            Err(text) => {
-                drop(keep);
-                self.failed(Failure { text, ..failure }, done);
-            }
-        }
-        self.pending.fetch_sub(1, Ordering::AcqRel);
-        let _guard = self.quiet.0.lock();
-        self.quiet.1.notify_all();
     }
 
     /// An operation failed: the cause is looked for, once, and given to all that failed.
@@ -414,7 +434,13 @@ impl Shared {
         tracing::debug!(backend = self.flavor.name(), op = failure.op, "failed: {}", failure.text);
         let shared = self.clone();
         waiters::run(move || {
-            let found = Arc::new(shared.witness.inquire(&failure, || shared.cut()));
+            let (asking, words) = (shared.clone(), failure.clone());
+            let found = waiters::within(INQUEST, move || asking.witness.inquire(&words, || asking.cut()))
+                .unwrap_or_else(|| {
+                    shared.cut();
+                    shared.witness.cut_off(&failure)
+                });
+            let found = Arc::new(found);
             let (cause, waiting) = {
                 let mut fate = shared.fate.lock();
                 let cause = fate.cause.get_or_insert(found).clone();
@@ -423,14 +449,8 @@ impl Shared {
             for done in waiting {
                 done.complete(Err(cause.duplicate()));
             }
-            shared.end_own(&cause);
+            shared.own.close(&cause);
         });
-    }
-
-    fn end_own(&self, cause: &Arc<Error>) {
-        for done in self.own.drain() {
-            done.complete(Err(cause.duplicate()));
-        }
     }
 
     /// Ends everything that is pending. Gloo has no abort; but a wait that times out closes all its
@@ -455,6 +475,7 @@ impl Shared {
                 if let Ok(work) = work {
                     let _ = work.wait(1);
                 }
+                self.listeners.end();
             }
             Flavor::Gloo => {}
         }
@@ -464,6 +485,7 @@ impl Shared {
 impl Drop for Shared {
     fn drop(&mut self) {
         self.lookout.close();
+        self.own.close(&Arc::new(Error::Aborted));
         // Its destructor waits for what is pending, and this may be one of the engine's own threads.
         if let Some(backend) = self.backend.take() {
             let witness = self.witness.clone();

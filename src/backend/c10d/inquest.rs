@@ -2,7 +2,8 @@
 //! to blame, the ranks find out through the store, where each that fails says how far it was.
 //!
 //! Keys, under the group's own: `tchd/here/RANK` from a rank of this crate when it joins (Python ranks set
-//! none), `tchd/connected/RANK` when it has, `tchd/failed/RANK` with its [`Status`] from a rank that fails, `tchd/cause` from the first.
+//! none), `tchd/connected/RANK` when it has, `tchd/failed/RANK` with its [`Status`] from a rank that fails, and then
+//! `tchd/over`, `tchd/cause` from the first that aborts.
 
 use std::io;
 use std::sync::Arc;
@@ -14,6 +15,9 @@ use crate::store::Store;
 
 /// How long the others have to say how they failed.
 const PATIENCE: Duration = Duration::from_millis(1500);
+
+/// Set where a rank has failed.
+const OVER: &str = "tchd/over";
 
 /// How an engine's words begin to be understood.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -125,9 +129,15 @@ impl Witness {
             Error::PeerLost { rank, op, .. } => format!("lost\n{rank}\n{op}"),
             _ => "aborted".to_owned(),
         };
-        if let Err(error) = self.store.compare_set("tchd/cause", b"", text.as_bytes()) {
+        let said = self.store.compare_set("tchd/cause", b"", text.as_bytes());
+        if let Err(error) = said.and_then(|_| self.store.set(OVER, b"1")) {
             tracing::debug!("cannot tell the other ranks why the group failed: {error}");
         }
+    }
+
+    /// Whether a rank has said that the group failed.
+    pub(super) fn is_over(&self) -> bool {
+        self.store.check(&[OVER]).unwrap_or(false)
     }
 
     fn announced(&self) -> Option<Error> {
@@ -151,14 +161,11 @@ impl Witness {
         let class = Class::of(&failure.text);
         let status = format!("{}\n{}\n{}", class.letter(), failure.seq, failure.print);
         let said = self.store.set(&format!("tchd/failed/{}", self.rank), status.as_bytes());
+        let said = said.and_then(|()| self.store.set(OVER, b"1"));
         cut();
         if let Err(error) = said {
             tracing::debug!("the store is gone too: {error}");
-            return match class {
-                Class::Timeout => self.timeout(failure, Vec::new()),
-                // Rank 0 serves the store in all but odd arrangements.
-                _ => self.lost(failure, 0),
-            };
+            return self.cut_off(failure);
         }
         let deadline = Instant::now() + PATIENCE;
         let mut silent = self.without("failed");
@@ -194,6 +201,15 @@ impl Witness {
         match ours.first() {
             Some(&rank) => self.lost(failure, rank),
             None => Error::Torch(tch::TchError::Torch(format!("{}: {}", failure.op, failure.text))),
+        }
+    }
+
+    /// What is said of it where the store does not answer.
+    pub(super) fn cut_off(&self, failure: &Failure) -> Error {
+        match Class::of(&failure.text) {
+            Class::Timeout => self.timeout(failure, Vec::new()),
+            // Rank 0 serves the store in all but odd arrangements.
+            _ => self.lost(failure, 0),
         }
     }
 

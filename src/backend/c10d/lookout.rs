@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 
-use super::engine::{Keep, Shared};
+use super::engine::{Keep, Underway};
 use super::inquest::Failure;
 use crate::backend::Completion;
 use crate::libtorch::{C10dWork, Mark, Told, use_device};
@@ -48,7 +48,7 @@ impl Given {
 
 /// An operation to look after.
 pub(super) struct Charge {
-    pub(super) shared: Arc<Shared>,
+    pub(super) underway: Underway,
     pub(super) given: Arc<Given>,
     pub(super) keep: Keep,
     pub(super) failure: Failure,
@@ -59,7 +59,7 @@ pub(super) struct Charge {
 
 impl Charge {
     fn poll(&self) -> Option<Told<()>> {
-        let shared = &self.shared;
+        let shared = &self.underway.0;
         if let Some(result) = self.given.poll() {
             // The kernels of an aborted communicator end as if they had worked.
             return Some(match shared.broken.load(Ordering::Acquire) {
@@ -76,7 +76,7 @@ impl Charge {
 
     fn end(self, result: Told<()>) {
         let failure = Failure { elapsed: self.start.elapsed(), ..self.failure };
-        self.shared.ended(result, self.keep, failure, self.done);
+        self.underway.end(result, self.keep, failure, self.done);
     }
 }
 

@@ -10,18 +10,24 @@ use super::engine::{CUT_TAG, Shared, alone_at_the_recorder, millis};
 use super::flat::bytes;
 use super::inquest::Failure;
 use super::lookout::{Charge, Given};
+use super::own::{Asking, FromAny};
 use super::waiters;
 use crate::backend::{Completion, Direction, Receipt, Transfer, WriteBack};
 use crate::libtorch::Told;
 use crate::{Error, Result};
 
 /// A message to or from another rank, and its bytes.
-type Message = (Transfer, Tensor);
+struct Message {
+    transfer: Transfer,
+    flat: Tensor,
+    /// There for a receive from any rank.
+    asking: Option<Asking>,
+}
 
 impl Shared {
     pub(super) fn transfer(self: &Arc<Self>, transfers: Vec<Transfer>) {
         let mut far = Vec::new();
-        for transfer in transfers {
+        for mut transfer in transfers {
             if let Some(cause) = self.cause() {
                 transfer.done.complete(Err(Error::Poisoned { cause }));
                 continue;
@@ -34,35 +40,56 @@ impl Shared {
                     continue;
                 }
             };
-            match transfer.direction {
+            let Transfer { direction, tag, timeout, .. } = transfer;
+            let waits = match direction {
                 Direction::Send { dst } if dst == rank => {
-                    if self.asks_anybody(transfer.tag) {
-                        transfer.done.complete(Err(self.no_self_send(transfer.tag)));
-                        continue;
-                    }
-                    self.own.send(rank, transfer.tag, flat, transfer.done);
+                    self.own.send(tag, flat, transfer.done).unwrap_or_else(|done| {
+                        done.complete(Err(self.no_self_send(tag)));
+                        None
+                    })
                 }
-                Direction::Recv { src: Some(src) } if src == rank => {
-                    self.own.recv(rank, transfer.tag, flat, transfer.done);
-                }
+                Direction::Recv { src: Some(src) } if src == rank => self.own.recv(tag, flat, transfer.done),
                 // In a group of one only oneself can send.
-                Direction::Recv { src: None }
-                    if self.own.has_sent(transfer.tag) || self.witness.size == 1 =>
-                {
-                    self.own.recv(rank, transfer.tag, flat, transfer.done);
+                Direction::Recv { src: None } if self.witness.size == 1 => {
+                    self.own.recv(tag, flat, transfer.done)
                 }
-                _ => far.push((transfer, flat)),
+                Direction::Recv { src: None } => {
+                    if let FromAny::Engine(done, asking) = self.own.recv_any(tag, &flat, transfer.done) {
+                        transfer.done = done;
+                        far.push(Message { transfer, flat, asking: Some(asking) });
+                    }
+                    None
+                }
+                _ => {
+                    far.push(Message { transfer, flat, asking: None });
+                    None
+                }
+            };
+            if let Some(number) = waits {
+                self.limit_own(direction, tag, number, timeout);
             }
         }
         match self.flavor {
-            Flavor::Gloo => far.into_iter().for_each(|(transfer, flat)| self.message(transfer, flat)),
+            Flavor::Gloo => far.into_iter().for_each(|message| self.message(message)),
             Flavor::Nccl => self.messages_at_once(far),
         }
     }
 
-    /// Whether the engine has a receive from any rank under this tag: it hears nothing of this rank's own messages.
-    fn asks_anybody(&self, tag: u32) -> bool {
-        self.from_any.lock().get(&tag).is_some_and(|receives| *receives > 0)
+    /// A message to oneself has a time limit like any other.
+    fn limit_own(self: &Arc<Self>, direction: Direction, tag: u32, number: u64, timeout: Duration) {
+        let (own, shared, start) = (self.own.clone(), Arc::downgrade(self), Instant::now());
+        waiters::run(move || {
+            let Some(done) = own.overdue(tag, number, timeout) else { return };
+            // Where the group is gone it ends with the completion.
+            let Some(shared) = shared.upgrade() else { return };
+            let op = match direction {
+                Direction::Send { .. } => "send to oneself",
+                Direction::Recv { .. } => "recv from oneself",
+            };
+            let failure = shared.failure_of(format!("{op} (tag {tag})"));
+            let text = "timed out: its other side did not come".to_owned();
+            shared.failed(Failure { text, elapsed: start.elapsed(), ..failure }, done);
+        });
     }
 
     fn no_self_send(&self, tag: u32) -> Error {
@@ -76,7 +103,8 @@ impl Shared {
     }
 
     /// One message through Gloo, which can only be waited for.
-    fn message(self: &Arc<Self>, transfer: Transfer, flat: Tensor) {
+    fn message(self: &Arc<Self>, message: Message) {
+        let Message { transfer, flat, asking } = message;
         let Some(backend) = &self.backend else { return };
         let Some(tag) = i32::try_from(transfer.tag).ok().filter(|tag| *tag != CUT_TAG) else {
             return transfer.done.complete(Err(Error::invalid(
@@ -98,22 +126,17 @@ impl Shared {
             }
         };
         let failure = self.failure_of(format!("{op} (tag {tag})"));
-        let Transfer { direction, timeout, done, buffer, tag, .. } = transfer;
+        let Transfer { direction, timeout, done, buffer, .. } = transfer;
         let work = match work {
             Ok(work) => work,
             Err(text) => return self.failed(Failure { text, ..failure }, done),
         };
-        let from_any = direction == Direction::Recv { src: None };
-        if from_any {
-            *self.from_any.lock().entry(tag).or_insert(0) += 1;
-        }
-        self.begin();
-        let (shared, ms, start) = (self.clone(), millis(timeout), Instant::now());
+        let (underway, ms, start) = (self.begin(), millis(timeout), Instant::now());
+        let work = Arc::new(work);
+        let listening = asking.map(|asking| (asking, self.listeners.add(&work)));
         waiters::run(move || {
             let result = work.wait(ms);
-            if from_any && let Some(receives) = shared.from_any.lock().get_mut(&tag) {
-                *receives -= 1;
-            }
+            drop(listening);
             let keep = Box::new(move || {
                 drop(buffer);
                 Ok(match direction {
@@ -121,16 +144,16 @@ impl Shared {
                     Direction::Send { .. } => None,
                 })
             });
-            shared.ended(result, keep, Failure { elapsed: start.elapsed(), ..failure }, done);
+            underway.end(result, keep, Failure { elapsed: start.elapsed(), ..failure }, done);
         });
     }
 
     /// Messages through NCCL: one operation, in the order in which both sides give them. NCCL knows no tags.
     fn messages_at_once(self: &Arc<Self>, messages: Vec<Message>) {
         let (messages, refused): (Vec<Message>, Vec<Message>) =
-            messages.into_iter().partition(|(t, _)| t.direction != Direction::Recv { src: None });
-        for (transfer, _) in refused {
-            transfer.done.complete(Err(Error::Unsupported {
+            messages.into_iter().partition(|message| message.asking.is_none());
+        for message in refused {
+            message.transfer.done.complete(Err(Error::Unsupported {
                 backend: self.flavor.name().to_owned(),
                 what: "a receive from any rank: name one".to_owned(),
             }));
@@ -138,10 +161,10 @@ impl Shared {
         if messages.is_empty() {
             return;
         }
-        let ms = messages.iter().map(|(t, _)| millis(t.timeout)).max().unwrap_or(1);
+        let ms = messages.iter().map(|message| millis(message.transfer.timeout)).max().unwrap_or(1);
         let (mut dones, mut writes, mut keep) = (Vec::new(), Vec::new(), Vec::new());
         let mut parts = Vec::new();
-        for (mut transfer, flat) in messages {
+        for Message { mut transfer, flat, .. } in messages {
             let source = match transfer.direction {
                 Direction::Recv { src } => src,
                 Direction::Send { .. } => None,
@@ -170,13 +193,12 @@ impl Shared {
         });
         match started {
             Ok(given) => {
-                self.begin();
                 let keep = Box::new(move || {
                     drop(keep);
                     Ok(None)
                 });
-                let (shared, start) = (self.clone(), Instant::now());
-                self.look_after(Charge { shared, given, keep, failure, start, ms, done: all });
+                let (underway, start) = (self.begin(), Instant::now());
+                self.look_after(Charge { underway, given, keep, failure, start, ms, done: all });
             }
             Err(text) => self.failed(Failure { text, ..failure }, all),
         }

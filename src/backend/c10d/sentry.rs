@@ -3,6 +3,9 @@
 //! and reads what its two neighbours wrote. Where two differ at the same number, connections are cut: every rank's call
 //! fails, and the inquest finds the odd one. What is quick writes nothing.
 //!
+//! A receive from any rank hears nothing of connections that close: where one takes long, the sentry reads whether another
+//! rank has failed.
+//!
 //! Keys, under the group's own: `tchd/at/RANK`, the number and the print of the collective that a rank is stuck in.
 
 use std::sync::Arc;
@@ -49,14 +52,18 @@ fn stand() {
             groups.0.iter().filter_map(Weak::upgrade).collect()
         };
         for group in alive {
-            let Some((seq, print)) = group.stuck(QUICK) else { continue };
-            if group.asking.swap(true, Ordering::AcqRel) {
+            let (stuck, listens) = (group.stuck(QUICK), group.listeners.wait_for_long(QUICK));
+            if stuck.is_none() && !listens || group.asking.swap(true, Ordering::AcqRel) {
                 continue;
             }
             // Its store may be slow, or gone.
             waiters::run(move || {
-                if differs(&group.witness, seq, &print) {
+                if let Some((seq, print)) = stuck
+                    && differs(&group.witness, seq, &print)
+                {
                     tracing::debug!("ranks called different things at number {seq}");
+                    group.cut();
+                } else if listens && group.witness.is_over() {
                     group.cut();
                 }
                 group.asking.store(false, Ordering::Release);

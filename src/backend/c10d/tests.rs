@@ -1,7 +1,8 @@
 //! Gloo among ranks that are threads, over one store.
 
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::channel;
+use std::sync::{Arc, Barrier};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -12,12 +13,12 @@ use super::create_gloo;
 use crate::backend::{
     BackendContext, Buffer, Call, CollectiveBackend, Completion, Direction, Op, Receipt, Segments, Transfer,
 };
-use crate::store::HashStore;
+use crate::store::{HashStore, Store};
 use crate::{Error, ReduceOp, Result};
 
 const SECONDS: Duration = Duration::from_secs(20);
 
-fn gloo(store: &Arc<HashStore>, rank: usize, size: usize, timeout: Duration) -> Arc<dyn CollectiveBackend> {
+fn gloo<S: Store>(store: &Arc<S>, rank: usize, size: usize, timeout: Duration) -> Arc<dyn CollectiveBackend> {
     let context = BackendContext {
         store: store.clone(),
         rank,
@@ -294,6 +295,17 @@ fn a_message_to_oneself_is_refused_while_anybody_may_send_one_with_its_tag() {
 }
 
 #[test]
+fn a_message_to_oneself_that_nobody_receives_times_out() {
+    ranks(2, |rank, gloo| {
+        let (mut own, end) = transfer(Direction::Send { dst: rank }, 3, &f32s(&[7.0]));
+        own.timeout = Duration::from_millis(100);
+        gloo.transfer(vec![own]);
+        let error = end.recv_timeout(SECONDS).unwrap().unwrap_err();
+        assert!(matches!(&error, Error::Timeout { op, .. } if op.contains("oneself")), "{error:?}");
+    });
+}
+
+#[test]
 fn a_rank_that_does_not_come_is_named_and_the_group_is_unusable_after() {
     let errors = ranks(3, |rank, gloo| {
         if rank == 1 {
@@ -310,6 +322,90 @@ fn a_rank_that_does_not_come_is_named_and_the_group_is_unusable_after() {
     for error in errors.into_iter().flatten() {
         assert!(matches!(&error, Error::Timeout { missing, .. } if missing[..] == [1]), "{error:?}");
     }
+}
+
+/// A store whose host is unreachable from some moment on: nothing is answered, as over a cut line.
+#[derive(Default)]
+struct Unreachable {
+    store: HashStore,
+    gone: AtomicBool,
+}
+
+impl Unreachable {
+    fn there(&self) -> &HashStore {
+        while self.gone.load(Ordering::Relaxed) {
+            thread::sleep(Duration::from_millis(20));
+        }
+        &self.store
+    }
+}
+
+impl Store for Unreachable {
+    fn set(&self, key: &str, value: &[u8]) -> Result<()> {
+        self.there().set(key, value)
+    }
+    fn get(&self, key: &str) -> Result<Vec<u8>> {
+        self.there().get(key)
+    }
+    fn add(&self, key: &str, amount: i64) -> Result<i64> {
+        self.there().add(key, amount)
+    }
+    fn compare_set(&self, key: &str, expected: &[u8], desired: &[u8]) -> Result<Vec<u8>> {
+        self.there().compare_set(key, expected, desired)
+    }
+    fn check(&self, keys: &[&str]) -> Result<bool> {
+        self.there().check(keys)
+    }
+    fn wait(&self, keys: &[&str], timeout: Duration) -> Result<()> {
+        self.there().wait(keys, timeout)
+    }
+    fn delete(&self, key: &str) -> Result<bool> {
+        self.there().delete(key)
+    }
+    fn num_keys(&self) -> Result<usize> {
+        self.there().num_keys()
+    }
+    fn append(&self, key: &str, value: &[u8]) -> Result<()> {
+        self.there().append(key, value)
+    }
+    fn timeout(&self) -> Duration {
+        self.store.timeout()
+    }
+    fn set_timeout(&self, timeout: Duration) {
+        self.store.set_timeout(timeout);
+    }
+}
+
+#[test]
+fn a_timeout_is_told_and_the_group_closed_though_the_store_answers_nothing() {
+    let store = Arc::new(Unreachable::default());
+    let both = Barrier::new(2);
+    let error = thread::scope(|scope| {
+        let (store, both) = (&store, &both);
+        let other = scope.spawn(move || {
+            let gloo = gloo(store, 1, 2, SECONDS);
+            both.wait();
+            both.wait();
+            drop(gloo);
+        });
+        let gloo = gloo(store, 0, 2, SECONDS);
+        both.wait();
+        store.gone.store(true, Ordering::Relaxed);
+        let (tx, rx) = channel();
+        let done = Completion::from_fn(move |result| drop(tx.send(result)));
+        let mut late = call(Op::AllReduce(ReduceOp::Sum), Kind::Float, &[], &[&f32s(&[1.0])]);
+        late.timeout = Duration::from_millis(300);
+        gloo.submit(late, done);
+        let error = rx.recv_timeout(SECONDS * 2);
+        let closed = gloo.shutdown(Duration::from_millis(300));
+        store.gone.store(false, Ordering::Relaxed);
+        both.wait();
+        other.join().unwrap();
+        closed.unwrap();
+        error
+    });
+    let error = error.expect("it ends").unwrap_err();
+    assert!(matches!(&error, Error::Timeout { missing, .. } if missing.is_empty()), "{error:?}");
 }
 
 #[test]
@@ -340,6 +436,27 @@ fn an_abort_ends_what_is_pending_on_every_rank() {
         Some(gloo.run(call(Op::AllReduce(ReduceOp::Sum), Kind::Float, &[], &[&f32s(&[1.0])])).unwrap_err())
     });
     for error in errors.into_iter().flatten() {
+        assert!(matches!(error, Error::Aborted), "{error:?}");
+    }
+}
+
+#[test]
+fn an_abort_ends_receives_from_any_rank_on_every_rank() {
+    let errors = ranks(3, |rank, gloo| {
+        let (asks, end) = transfer(Direction::Recv { src: None }, 3, &f32s(&[-1.0]));
+        gloo.transfer(vec![asks]);
+        if rank == 0 {
+            gloo.abort(&Arc::new(Error::Aborted));
+        }
+        // Half of what the receive itself may take.
+        let error = end.recv_timeout(SECONDS / 2).expect("it ends before its own timeout").unwrap_err();
+        let (asks, after) = transfer(Direction::Recv { src: None }, 3, &f32s(&[-1.0]));
+        gloo.transfer(vec![asks]);
+        let after = after.recv_timeout(SECONDS / 2).expect("what comes later ends too").unwrap_err();
+        assert!(matches!(after, Error::Poisoned { .. }), "rank {rank}: {after:?}");
+        error
+    });
+    for error in errors {
         assert!(matches!(error, Error::Aborted), "{error:?}");
     }
 }

@@ -1,6 +1,7 @@
 //! Threads that wait for what an engine can only be waited for.
 
 use std::collections::VecDeque;
+use std::sync::mpsc::channel;
 use std::thread;
 use std::time::Duration;
 
@@ -38,6 +39,16 @@ pub(super) fn run(job: impl FnOnce() + Send + 'static) {
     }
 }
 
+/// What a job gives, if that takes no longer than this. A store beyond a dead line never answers.
+pub(super) fn within<T: Send + 'static>(
+    limit: Duration,
+    job: impl FnOnce() -> T + Send + 'static,
+) -> Option<T> {
+    let (told, end) = channel();
+    run(move || drop(told.send(job())));
+    end.recv_timeout(limit).ok()
+}
+
 fn serve() {
     let mut queue = QUEUE.lock();
     loop {
@@ -58,7 +69,17 @@ fn serve() {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::mpsc::channel;
     use std::sync::{Arc, Barrier};
+    use std::time::Duration;
+
+    #[test]
+    fn nobody_waits_longer_than_the_limit_for_what_does_not_end() {
+        let (hold, held) = channel::<()>();
+        assert_eq!(super::within(Duration::from_millis(20), move || held.recv()), None);
+        drop(hold);
+        assert_eq!(super::within(Duration::from_secs(20), || 7), Some(7));
+    }
 
     #[test]
     fn jobs_that_wait_for_one_another_all_run() {

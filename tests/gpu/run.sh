@@ -1,24 +1,33 @@
 #!/usr/bin/env bash
-# Runs what `cargo xtask gpu-bundle` packed, on a machine with a GPU and a Python whose torch is one of the versions it
-# was built for; cargo is not needed. Prints a table; what each part said is in OUT.
+# Runs what `cargo xtask gpu-bundle` packed, on a machine with a Python whose torch is one of the versions it was built
+# for; cargo is not needed. Prints a table; what each part said is in OUT. Without a GPU the parts that take none are
+# run, and of the others it says why they were not.
 #
 #   ./run.sh            with `python3`
 #   PYTHON=… OUT=… NCCL=/path/to/libnccl.so.2 ./run.sh
 #
 # NCCL names an NCCL of 2.30 or newer: with it, 2 and 4 ranks share one GPU (for correctness only).
+# Ends with 0 when all parts that were run are good, 1 when one failed, 3 when something that takes a GPU was not run.
 set -uo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 python=${PYTHON:-python3}
 out=${OUT:-$here/out}
-mkdir -p "$out"
 
-version=$("$python" -c 'import torch; print(torch.__version__.split("+")[0])') || { echo "no torch in $python"; exit 3; }
-torch=$("$python" -c 'import os, torch; print(os.path.dirname(torch.__file__))')
+nothing() { echo "nothing was run: $1" >&2; exit 3; }
+torch=$("$python" -c 'import os, torch; print(torch.__version__.split("+")[0], os.path.dirname(torch.__file__))') \
+    || nothing "$python has no torch that works; PYTHON=… names another Python"
+read -r version torch <<<"$torch"
 bin=$here/libtorch-$version
-[ -d "$bin" ] || { echo "nothing was packed for torch $version; there is: $(ls "$here" | grep libtorch-)"; exit 3; }
-"$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "torch sees no CUDA device: nothing was run"; exit 3; }
+[ -d "$bin" ] || nothing "no programs were packed for torch $version; there is: $(cd "$here" && echo libtorch-*)"
+[ -e "$torch/lib/libtorch_cuda.so" ] || nothing "the torch of $python has no CUDA part, which these programs are linked with"
+mkdir -p "$out" || nothing "OUT=… names a folder that can be written to"
+rm -f "$out"/*.log
 export LD_LIBRARY_PATH=$torch/lib GPU_TRACES=$out RUST_BACKTRACE=0
-chmod +x "$bin"/*
+# Parts have limits of their own, below.
+export TCH_DISTRIBUTED_TEST_TIMEOUT=3600
+
+no_gpu=
+"$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null || no_gpu="torch finds no CUDA device"
 
 failed=0
 part() { # NAME SECONDS COMMAND…
@@ -32,6 +41,13 @@ part() { # NAME SECONDS COMMAND…
     [ $code = 0 ] || failed=1
     printf '%-34s %-36s %4d s\n' "$name" "$result" $((SECONDS - start))
 }
+not_run() { # NAME WHY
+    printf '%-34s not run: %s\n' "$1" "$2"
+}
+gpu_part() { # as part, with a GPU
+    [ -z "$no_gpu" ] || { not_run "$1" "$no_gpu"; return; }
+    part "$@"
+}
 suite() { # RANKS
     local test=whole::the_product_as_a_table
     env TCHD_CONFORMANCE_BACKEND=nccl-staged TCHD_CONFORMANCE_WORLD="$1" TCHD_CONFORMANCE_RANKS=processes \
@@ -43,21 +59,33 @@ cases() { # one rank: the named cases and the random programs
 }
 export bin; export -f suite cases
 
-echo "torch $version; $("$python" -c 'import torch; print(torch.cuda.get_device_name(0), "x", torch.cuda.device_count(), "NCCL", torch.cuda.nccl.version())')"
-part checks-1-rank 600 "$bin/gpu" checks 1
-part product-1-rank 900 bash -c 'suite 1'
-part cases-1-rank 600 bash -c cases
-if [ -n "${NCCL:-}" ]; then
-    shared=(env "LD_PRELOAD=$NCCL" NCCL_MULTI_RANK_GPU_ENABLE=1 NCCL_NVLS_ENABLE=0 NCCL_MAX_CTAS=4)
-    for ranks in 2 4; do
-        part "checks-$ranks-ranks-one-gpu" 900 "${shared[@]}" "$bin/gpu" checks $ranks
-        part "product-$ranks-ranks-one-gpu" 1800 "${shared[@]}" bash -c "suite $ranks"
-    done
-else
-    echo "2 and 4 ranks on one GPU: not run, NCCL names no library of 2.30 or newer"
-fi
-part timing-ours 900 "$bin/gpu" timing
-part timing-pytorch 900 "$python" "$here/beside.py"
+"$python" - <<'MACHINE'
+import torch
+gpus = torch.cuda.device_count()
+of = f"{torch.cuda.get_device_name(0)} x {gpus}, NCCL {torch.cuda.nccl.version()}" if gpus else "no GPU"
+print(f"torch {torch.__version__}; {of}")
+MACHINE
+for backend in native gloo; do
+    part "suite-$backend-cpu" 900 "$bin/conformance" "$backend::"
+done
+gpu_part checks-1-rank 600 "$bin/gpu" checks 1
+gpu_part product-1-rank 900 bash -c 'suite 1'
+gpu_part cases-1-rank 600 bash -c cases
+for ranks in 2 4; do
+    if [ -n "${NCCL:-}" ]; then
+        shared=(env "LD_PRELOAD=$NCCL" NCCL_MULTI_RANK_GPU_ENABLE=1 NCCL_NVLS_ENABLE=0 NCCL_MAX_CTAS=4)
+        gpu_part "checks-$ranks-ranks-one-gpu" 900 "${shared[@]}" "$bin/gpu" checks $ranks
+        gpu_part "product-$ranks-ranks-one-gpu" 1800 "${shared[@]}" bash -c "suite $ranks"
+    else
+        for name in checks product; do
+            not_run "$name-$ranks-ranks-one-gpu" "NCCL names no library of 2.30 or newer"
+        done
+    fi
+done
+gpu_part timing-ours 900 "$bin/gpu" timing
+gpu_part timing-pytorch 900 "$python" "$here/beside.py"
+echo "what they said is in $out"
+[ -z "$no_gpu" ] || exit $((failed ? 1 : 3))
 
 echo
 grep -h '^ok\|^FAILED' "$out"/checks-*.log

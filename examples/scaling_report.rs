@@ -255,7 +255,7 @@ fn report(
     let line = (1..=args.predict.max(measured.len()))
         .map(|n| Ok((n as f64, predicted_alone / predict(n)?.total())))
         .collect::<dist::Result<Vec<_>>>()?;
-    let ideal = line.iter().map(|&(n, _)| (n, n)).collect();
+    let ideal = line.iter().map(|&(n, _)| (n, n.min(work.cores as f64))).collect();
     let dots = measured.iter().enumerate().map(|(i, t)| (i as f64 + 1.0, alone / t.median())).collect();
     let labels = plot::Labels {
         title: "Speed-up by data parallelism",
@@ -263,7 +263,7 @@ fn report(
         y: "speed-up (step time of 1 / of n)",
     };
     let series = [
-        plot::Series::line("ideal", ideal),
+        plot::Series::line(&format!("ideal on {} cores", work.cores), ideal),
         plot::Series::line("predicted", line),
         plot::Series::dots("measured", dots),
     ];

@@ -170,7 +170,7 @@ mod tests {
                         group.send(&t, 0, 0).unwrap();
                     }
                     _ => {
-                        std::thread::sleep(Duration::from_millis(40));
+                        std::thread::sleep(Duration::from_millis(100));
                         group.send(&t, 1, 0).unwrap();
                     }
                 });

@@ -22,7 +22,7 @@ use suite::suites;
 suites! {
     native: "native", threads [1, 2, 3, 4, 5, 8], processes [1, 2, 3, 4], failures true;
     native_tcp: "native-tcp", threads [1, 2, 3, 4], processes [4], failures true;
-    native_hosts: "native-hosts", threads [3, 4, 5], failures true;
+    native_hosts: "native-hosts", threads [3, 4, 5], processes [4], failures true;
     native_unix: "native-unix", threads [2, 5], processes [2], failures true;
     gloo: "gloo", threads [2, 3], processes [2], failures false;
     outside_the_crate: "compressing", threads [1, 3], processes [2], failures true;

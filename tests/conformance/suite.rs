@@ -23,10 +23,7 @@ pub fn know_our_own() {
         let _ = register_backend("native-unix", |context| native::create_over(context, "unix"));
         // Pretends that ranks of even and of odd numbers are on two hosts.
         let _ = register_backend("native-hosts", |context: BackendContext| {
-            native::Options::new()
-                .transport("hosts")
-                .host(format!("host {}", context.rank % 2))
-                .create(context)
+            native::Options::new().host(format!("host {}", context.rank % 2)).create(context)
         });
         let _ = register_backend("nccl-staged", staged::create);
         let _ = register_backend("gloo-staged", |context| staged::over("gloo", context, tch::Device::Cpu));

@@ -61,7 +61,7 @@ pub fn create(context: BackendContext) -> Result<Arc<dyn CollectiveBackend>> {
     Options::new().create(context)
 }
 
-/// [`create`] over one transport, `threads`, `shm`, `unix`, `tcp` or `hosts`, whatever the environment says: a
+/// [`create`] over one transport, `threads`, `shm`, `unix` or `tcp`, whatever the environment says: a
 /// factory for a backend of another name.
 ///
 /// # Errors
@@ -102,9 +102,6 @@ fn create_with(context: BackendContext, options: Options) -> Result<Arc<dyn Coll
     made
 }
 
-/// The transport that goes in stages where hosts have several ranks each. Asked for by name: see [`hosts`].
-const HOSTS: &str = "hosts";
-
 /// The same, at a meeting of the ranks.
 fn create_at(
     meeting: &Meeting,
@@ -125,14 +122,14 @@ fn create_at(
             Err(unavailable("TCH_DISTRIBUTED_TRANSPORT=threads, but ranks are processes"))
         }
         Some("threads") => plot.threads(),
-        None | Some(HOSTS) if one_process => plot.threads(),
+        None if one_process => plot.threads(),
         Some("shm" | "unix") if !one_host => Err(unavailable(
             "TCH_DISTRIBUTED_TRANSPORT names a transport of one host, but ranks are on several",
         )),
         Some("shm") => plot.shared(),
         Some("unix") => plot.sockets(&tcp::Listen::Local),
         Some("tcp") => plot.sockets(&plot.wide()),
-        None | Some(HOSTS) if one_host => match plot.shared() {
+        None if one_host => match plot.shared() {
             // All ranks or none: they have voted.
             Err(Error::BackendUnavailable { reason, .. }) => {
                 tracing::warn!(reason, "falling back to unix sockets");
@@ -140,10 +137,10 @@ fn create_at(
             }
             other => other,
         },
-        Some(HOSTS) if plot.layout.is_deep() => plot.hosts(),
-        None | Some(HOSTS) => plot.sockets(&plot.wide()),
+        None if plot.layout.is_deep() => plot.hosts(),
+        None => plot.sockets(&plot.wide()),
         Some(other) => Err(unavailable(&format!(
-            "TCH_DISTRIBUTED_TRANSPORT={other:?}: known are threads, shm, unix, tcp and hosts"
+            "TCH_DISTRIBUTED_TRANSPORT={other:?}: known are threads, shm, unix and tcp"
         ))),
     }
 }

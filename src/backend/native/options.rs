@@ -11,7 +11,7 @@ use crate::{Error, Result};
 ///
 /// | option | variable | what |
 /// |---|---|---|
-/// | [`transport`](Self::transport) | `TCH_DISTRIBUTED_TRANSPORT` | `threads`, `shm`, `unix`, `tcp`, or `hosts`: shared memory on each host and TCP between hosts; all ranks alike |
+/// | [`transport`](Self::transport) | `TCH_DISTRIBUTED_TRANSPORT` | `threads`, `shm`, `unix` or `tcp`; all ranks alike |
 /// | [`interface`](Self::interface) | `TCH_DISTRIBUTED_SOCKET_IFNAME`, `GLOO_SOCKET_IFNAME` | which network interface this rank listens at |
 /// | [`host`](Self::host) | `TCH_DISTRIBUTED_HOST` | which host this rank says it is on |
 /// | [`threshold`](Self::threshold) | `TCH_DISTRIBUTED_TUNING` | sizes at which algorithms change; all ranks alike |

@@ -1,9 +1,5 @@
 //! Ranks on several hosts: collectives in stages, on each host through its shared memory, between hosts
 //! over sockets. [`super::plan::hosts`] says which; this runs them.
-//!
-//! It is used where the transport `hosts` is asked for, and not by itself: with thousands of calls outstanding among
-//! four loaded processes, calls came to no end here. The cause, a wake-up that the executor lost over any sockets, is
-//! found and mended; a long run under load since then is still to come.
 
 mod run;
 

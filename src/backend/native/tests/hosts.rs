@@ -13,7 +13,7 @@ use crate::backend::{Call, Op};
 const LAYOUT: [&str; 6] = ["a", "b", "a", "c", "c", "a"];
 
 fn on_hosts<T: Send + 'static>(body: impl Fn(Rank) -> T + Send + Sync + 'static) -> Vec<T> {
-    ranks_with(LAYOUT.len(), |rank| Options::new().transport("hosts").host(LAYOUT[rank]), body)
+    ranks_with(LAYOUT.len(), |rank| Options::new().host(LAYOUT[rank]), body)
 }
 
 /// Numbers without a pattern, different on every rank.

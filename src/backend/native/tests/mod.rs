@@ -177,7 +177,7 @@ pub(super) fn context(store: Arc<dyn Store>, rank: usize, world: usize) -> Backe
 /// hosts.
 pub(super) fn options(transport: &str, rank: usize) -> Options {
     match transport {
-        "hosts" => Options::new().transport("hosts").host(format!("host {}", rank % 2)),
+        "hosts" => Options::new().host(format!("host {}", rank % 2)),
         other => Options::new().transport(other),
     }
 }

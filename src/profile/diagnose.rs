@@ -143,14 +143,17 @@ impl Findings {
     }
 }
 
+/// The calls of a rank, each with its group.
+fn calls(dump: &FlightDump) -> impl Iterator<Item = (&GroupRecord, &FlightEntry)> {
+    dump.groups.iter().flat_map(|group| group.entries.iter().map(move |e| (group, e)))
+}
+
 /// The call that a rank made last of those that have not ended well, and the group of it.
 fn open_call(dump: &FlightDump) -> Option<(&GroupRecord, &FlightEntry)> {
-    let calls = dump.groups.iter().flat_map(|group| group.entries.iter().map(move |e| (group, e)));
-    calls.filter(|(_, e)| e.state != State::Completed).max_by_key(|(_, e)| e.started_ns)
+    calls(dump).filter(|(_, e)| e.state != State::Completed).max_by_key(|(_, e)| e.started_ns)
 }
 
 /// The call that a rank made last, and the group of it.
 fn last_call(dump: &FlightDump) -> Option<(&GroupRecord, &FlightEntry)> {
-    let calls = dump.groups.iter().flat_map(|group| group.entries.iter().map(move |e| (group, e)));
-    calls.max_by_key(|(_, e)| e.started_ns)
+    calls(dump).max_by_key(|(_, e)| e.started_ns)
 }

@@ -1,5 +1,6 @@
 //! Ranks and calls in words.
 
+use super::super::flight::Activity;
 use super::{Cause, FlightDump, FlightEntry, GroupRecord, State};
 
 pub(super) fn ranks(ranks: impl Iterator<Item = usize>) -> String {
@@ -16,7 +17,7 @@ pub(super) fn call(entry: &FlightEntry, group: &GroupRecord) -> String {
     let FlightEntry { activity, seq, site, peer, tag, .. } = entry;
     let name = activity.name();
     let Some(tag) = tag else { return format!("{name} number {seq} ({site})") };
-    let way = if name == "send" { "to" } else { "from" };
+    let way = if *activity == Activity::Send { "to" } else { "from" };
     let peer = match peer {
         None => "any rank".to_owned(),
         Some(peer) => match group.ranks.get(*peer) {

@@ -8,7 +8,7 @@ use std::fmt::Write;
 use std::panic::Location;
 use std::sync::atomic::Ordering;
 
-use smallvec::smallvec;
+use smallvec::{SmallVec, smallvec};
 use tch::{Kind, Tensor};
 
 use super::draft::Draft;
@@ -50,6 +50,18 @@ pub(super) fn compare(draft: &Draft<'_>, site: &Location<'_>) -> Result<()> {
     let key = |call: &str| call.split(SEPARATOR).next().unwrap_or_default().to_owned();
     let keys: Vec<String> = calls.iter().map(|call| key(call)).collect();
     let Some(odd) = odd_one(&keys, draft.group.rank()) else { return Ok(()) };
+    // The first rank that fails ends what the others are in: not before all have seen what it has. Should
+    // one be lost now, the disagreement still came first.
+    let all_have_seen = Call {
+        op: Op::Barrier,
+        kind: Kind::Uint8,
+        inputs: SmallVec::new(),
+        outputs: SmallVec::new(),
+        timeout: draft.call.timeout,
+    };
+    if let Err(error) = backend.run(all_have_seen) {
+        tracing::debug!(%error, "a rank may be told of the disagreement by another");
+    }
     let shown = |call: &str| call.replace(SEPARATOR, "");
     Err(inner.fail(Error::Desync {
         op: draft.call.op.name().to_owned(),

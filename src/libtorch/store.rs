@@ -119,6 +119,10 @@ pub(crate) struct C10dStore {
 /// How long a server that answered before may take to answer again.
 const RECONNECT: Duration = Duration::from_secs(2);
 
+/// What libtorch says when keys have not come in time. It has taken its question back then, and the server has
+/// said so: the connection is as good as before.
+const WAITED: &str = "wait timeout after";
+
 /// The connections to one TCP server that are not in use.
 struct Connections {
     host: String,
@@ -205,10 +209,12 @@ impl C10dStore {
                 ffi::tcp_store(&tcp.host, tcp.port, false, -1, false, false, patience).map_err(text)?
             }
         };
-        // Only a connection that answered goes back: after an error its state is unknown.
-        let result = connection.set_timeout(timeout).and_then(|()| f(&connection)).map_err(text)?;
-        tcp.idle.lock().push(connection);
-        Ok(result)
+        let result = connection.set_timeout(timeout).and_then(|()| f(&connection)).map_err(text);
+        // Only a connection that answered goes back: after any other error its state is unknown.
+        if result.as_ref().err().is_none_or(|error| error.contains(WAITED)) {
+            tcp.idle.lock().push(connection);
+        }
+        result
     }
 
     /// Sets a key.
@@ -447,10 +453,21 @@ mod tests {
     }
 
     #[test]
+    fn waiting_in_vain_costs_no_connection() {
+        let server = server();
+        let store = client(server.port().unwrap());
+        store.set("there", b"1").unwrap();
+        for _ in 0..3 {
+            store.wait(&["there", "absent"], Duration::from_millis(20)).unwrap_err();
+            assert_eq!(store.tcp.as_ref().unwrap().idle.lock().len(), 1);
+            assert_eq!(store.get("there").unwrap(), b"1", "the connection is as good as before");
+        }
+        assert!(!store.check(&["absent"]).unwrap());
+    }
+
+    #[test]
     fn a_server_waits_until_its_workers_have_joined() {
-        let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let port = free.local_addr().unwrap().port();
-        drop(free);
+        let port = crate::launch::free_port().unwrap();
         let make = |server| {
             C10dStore::tcp(TcpStoreOptions {
                 host: "127.0.0.1".into(),

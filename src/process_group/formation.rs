@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::ProcessGroup;
 use super::spec::{BackendSpec, Backends};
 use super::state::{AGREEMENT, Inner, Parts, Universe};
-use crate::backend::{BackendContext, CollectiveBackend, Placement, factory, make, split_nccl};
+use crate::backend::{BackendContext, CollectiveBackend, Placement, factory, make, native, split_nccl};
 use crate::rendezvous::this_host;
 use crate::store::{PrefixStore, Store};
 use crate::{Error, Result};
@@ -53,7 +53,14 @@ pub(super) fn form(mut formation: Formation) -> Result<ProcessGroup> {
 fn assemble(formation: Formation) -> Result<ProcessGroup> {
     let (cpu, cuda) = formation.spec.resolve()?;
     formation.universe.sweep();
-    agree(&formation)?;
+    if let Err(error) = agree(&formation) {
+        // Who agrees with the first waits for this rank. For a world it may still come, with the right arguments.
+        for device in ["cpu", "cuda"].into_iter().filter(|_| !formation.world) {
+            let store = PrefixStore::new(format!("{device}/"), formation.store.clone());
+            native::give_up(&store, formation.rank, &error);
+        }
+        return Err(error);
+    }
     let count_hosts = formation.world && !formation.universe.knows_local_rank();
     if count_hosts {
         formation.store.set(&host_key(formation.rank), this_host().as_bytes())?;

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use super::cause::{Cause, lost, words_of_absence};
 use super::control::{Presence, Stranded};
 use super::engine::Engine;
+use super::ledger::Report;
 use super::transport::Stamp;
 use crate::Error;
 
@@ -27,6 +28,7 @@ pub(crate) struct Diagnosis {
     ask: Instant,
     /// Whether all that had come by `until` has been heard.
     heard: bool,
+    _examined: Arc<()>,
 }
 
 impl Diagnosis {
@@ -36,10 +38,19 @@ impl Diagnosis {
             _ => stamp.seq,
         };
         let now = Instant::now();
-        engine.examine();
+        let examined = engine.examine();
         engine.control.ask(seq);
         let grace = if matches!(finding, Error::Aborted) { GRACE * WITHDRAWN } else { GRACE };
-        Self { finding, stamp, seq, entered, until: now + grace, ask: now + AGAIN, heard: false }
+        Self {
+            finding,
+            stamp,
+            seq,
+            entered,
+            until: now + grace,
+            ask: now + AGAIN,
+            heard: false,
+            _examined: examined,
+        }
     }
 
     /// The failure when a message waits for a peer that is gone: one that left is not lost, it did not
@@ -139,17 +150,114 @@ impl Diagnosis {
 
     /// Who has not come, once all that can have answered.
     fn missing(&self, engine: &Engine, late: bool, now: Instant) -> Option<Cause> {
-        let answers = engine.control.answers();
-        let others = || (0..engine.size).filter(|&rank| rank != engine.rank);
-        if !late && others().any(|rank| answers[rank].is_none()) {
+        let Error::Timeout { op, missing: peer, .. } = &self.finding else { return None };
+        let gone = |presence| match presence {
+            // It has said itself how far it came.
+            Presence::Left(calls) | Presence::Closed(calls) => {
+                Some(Report { completed: calls, entered: calls, call: None })
+            }
+            Presence::Here | Presence::Lost(_) => None,
+        };
+        let presence = engine.control.presence().into_iter();
+        let reports = engine.control.answers().into_iter().zip(presence);
+        let mut reports: Vec<_> =
+            reports.map(|(answer, presence)| answer.or_else(|| gone(presence))).collect();
+        reports[engine.rank] = Some(engine.ledger.report(self.seq));
+        if !late && reports.iter().any(Option::is_none) {
             return None;
         }
-        let missing = others().filter(|&r| answers[r].is_none_or(|a| a.entered < self.seq)).collect();
+        let (call, missing) = match peer[..] {
+            [peer] => blame_for_message(peer, engine.rank, &reports),
+            _ => blame(self.seq, &reports),
+        };
+        let call = call.and_then(|seq| engine.ledger.call(seq).map(|call| (seq, call)));
         Some(Cause::Timeout {
-            op: super::stamp::op_name(self.stamp.fingerprint).to_owned(),
-            seq: self.seq,
+            op: call.map_or_else(|| op.clone(), |(_, call)| super::stamp::op_name(call).to_owned()),
+            seq: call.map_or(self.seq, |(seq, _)| seq),
             elapsed: now.duration_since(self.entered),
             missing,
         })
+    }
+}
+
+/// Who has not come to a call, or does not answer.
+fn not_in(seq: u64, reports: &[Option<Report>]) -> Vec<usize> {
+    (0..reports.len()).filter(|&rank| reports[rank].is_none_or(|r| r.entered < seq)).collect()
+}
+
+/// Who keeps call `seq` from ending, and in which earlier call, where it is one.
+///
+/// Ranks leave a call one after another. One that still waits in an earlier call is late because that does not
+/// end: who keeps it from ending is to blame. Unless everybody has come to the earlier call, which then can end.
+fn blame(seq: u64, reports: &[Option<Report>]) -> (Option<u64>, Vec<usize>) {
+    let first = reports.iter().flatten().filter_map(Report::under_way).fold(seq, u64::min);
+    match not_in(first, reports) {
+        missing if first < seq && !missing.is_empty() => (Some(first), missing),
+        _ => (None, not_in(seq, reports)),
+    }
+}
+
+/// The same for a message between `rank` and `peer`. The peer is to blame, unless it waits itself: in a call that
+/// this rank has come to and others have not, or, as far as can be seen, for a rank that does not answer.
+fn blame_for_message(peer: usize, rank: usize, reports: &[Option<Report>]) -> (Option<u64>, Vec<usize>) {
+    let (Some(theirs), Some(ours)) = (reports[peer], reports[rank]) else { return (None, vec![peer]) };
+    let call = theirs.under_way().filter(|&call| call <= ours.entered);
+    match not_in(call.unwrap_or(0), reports) {
+        nobody if nobody.is_empty() => (None, vec![peer]),
+        missing => (call, missing),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The answer of a rank that ended so many calls and entered so many.
+    fn at(completed: u64, entered: u64) -> Option<Report> {
+        Some(Report { completed, entered, call: None })
+    }
+
+    #[test]
+    fn a_rank_that_waits_in_an_earlier_call_for_ranks_that_do_not_answer_is_not_to_blame() {
+        // Rank 2 is one call ahead of rank 3; ranks 0 and 1 are behind a cut cable.
+        let reports = [None, None, at(7, 8), at(6, 7)];
+        assert_eq!(blame(8, &reports), (Some(7), vec![0, 1]), "as rank 2 sees it");
+        assert_eq!(blame(7, &reports), (None, vec![0, 1]), "as rank 3 sees it");
+    }
+
+    #[test]
+    fn a_rank_that_waits_in_an_earlier_call_for_one_that_has_not_called_it_is_not_to_blame() {
+        assert_eq!(blame(8, &[at(7, 8), at(6, 7), at(6, 6)]), (Some(7), vec![2]));
+    }
+
+    #[test]
+    fn a_rank_that_has_called_nothing_since_the_call_before_is_to_blame() {
+        assert_eq!(blame(8, &[at(7, 8), at(7, 8), at(7, 7)]), (None, vec![2]));
+    }
+
+    #[test]
+    fn a_rank_in_an_earlier_call_that_all_have_come_to_is_late_itself() {
+        assert_eq!(blame(8, &[at(7, 8), at(6, 7), at(7, 8)]), (None, vec![1]));
+    }
+
+    #[test]
+    fn a_rank_that_has_entered_calls_ahead_waits_in_the_first_of_them() {
+        assert_eq!(blame(5, &[at(4, 5), at(3, 9), at(3, 3), at(4, 5)]), (Some(4), vec![2]));
+    }
+
+    #[test]
+    fn who_does_not_send_is_to_blame_for_a_message_that_does_not_come() {
+        assert_eq!(blame_for_message(1, 0, &[at(4, 4), at(4, 4), at(4, 4)]), (None, vec![1]));
+        assert_eq!(blame_for_message(1, 0, &[at(4, 4), None, at(4, 4)]), (None, vec![1]));
+        // It waits in a barrier, for this rank too.
+        assert_eq!(blame_for_message(1, 0, &[at(4, 4), at(4, 5), at(4, 4)]), (None, vec![1]));
+    }
+
+    #[test]
+    fn who_cannot_send_because_of_another_is_not_to_blame() {
+        // Rank 3 is still in a call that rank 2 has left, and waits for ranks behind a cut cable.
+        assert_eq!(blame_for_message(3, 2, &[None, None, at(7, 7), at(6, 7)]), (Some(7), vec![0, 1]));
+        // Rank 3 waits for a message from one of those.
+        assert_eq!(blame_for_message(3, 2, &[None, None, at(7, 7), at(7, 7)]), (None, vec![0, 1]));
     }
 }

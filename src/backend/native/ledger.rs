@@ -2,6 +2,8 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use serde::{Deserialize, Serialize};
+
 use super::transport::Stamp;
 
 /// How many calls back a rank can tell what it called.
@@ -70,15 +72,24 @@ impl Ledger {
 
     /// The answer to "what did you call at this number?".
     pub(crate) fn report(&self, seq: u64) -> Report {
-        Report { entered: self.entered(), call: self.call(seq) }
+        Report { completed: self.completed(), entered: self.entered(), call: self.call(seq) }
     }
 }
 
 /// How far a rank is, and what it called at the number asked for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Report {
+    /// The number of its last call that ended well. Looked at first: a call may be entered meanwhile.
+    pub(crate) completed: u64,
     /// The number of its last call.
     pub(crate) entered: u64,
     /// Its call at the number asked for, where it got there and remembers.
     pub(crate) call: Option<u128>,
+}
+
+impl Report {
+    /// The call that it is in, if it is in one.
+    pub(crate) fn under_way(&self) -> Option<u64> {
+        (self.completed < self.entered).then_some(self.completed + 1)
+    }
 }

@@ -16,7 +16,7 @@ use crate::store::Store;
 use crate::{Error, Result};
 
 /// The version of everything ranks say to one another.
-pub(super) const VERSION: u32 = 2;
+pub(super) const VERSION: u32 = 3;
 
 /// A number of this process's own.
 static PROCESS: Lazy<u128> = Lazy::new(random);
@@ -59,6 +59,14 @@ fn host() -> String {
 const SLICE: Duration = Duration::from_secs(1);
 /// Why a rank gave the group up, for those who wait for it.
 const GIVEN_UP: &str = "native/given-up";
+
+/// Tells the ranks that wait at this store for a rank that it does not come.
+pub(crate) fn give_up(store: &dyn Store, rank: usize, reason: &Error) {
+    let words = format!("rank {rank} gave up: {reason}");
+    if let Err(error) = store.compare_set(GIVEN_UP, b"", words.as_bytes()) {
+        tracing::debug!("cannot tell the other ranks that the group is not to be: {error}");
+    }
+}
 
 /// One rank's side of the meeting.
 pub(super) struct Meeting {
@@ -157,10 +165,7 @@ impl Meeting {
         if matches!(reason, Error::Timeout { .. }) {
             return; // they find out themselves, and name the rank
         }
-        let words = format!("rank {} gave up: {reason}", self.rank);
-        if let Err(error) = self.store.compare_set(GIVEN_UP, b"", words.as_bytes()) {
-            tracing::debug!("cannot tell the other ranks that the group is not to be: {error}");
-        }
+        give_up(&*self.store, self.rank, reason);
     }
 
     /// Remembers keys that are of no use once the group is there.

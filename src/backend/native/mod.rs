@@ -29,6 +29,7 @@ mod tests;
 mod threads;
 pub(crate) mod transport;
 
+pub(crate) use self::meet::give_up;
 pub use self::options::Options;
 
 use std::os::fd::OwnedFd;

@@ -11,6 +11,9 @@ use crate::backend::Op;
 use crate::store::Store;
 use crate::{Error, Result};
 
+/// How long rank 0 waits for others to read its verdict.
+const TO_READ: Duration = Duration::from_secs(2);
+
 impl ProcessGroup {
     /// Returns when every rank has called it.
     ///
@@ -59,13 +62,13 @@ impl ProcessGroup {
         let begin = Instant::now();
         let store = &self.inner.store;
         let key = |what: &str| format!("tchd/monitored/{seq}/{what}");
-        store.set(&key(&self.rank().to_string()), b"here")?;
+        let here = |rank: usize| key(&rank.to_string());
+        store.set(&here(self.rank()), b"here")?;
         let verdict = key("verdict");
         let missing = if self.rank() == 0 {
             let mut missing = Vec::new();
             for rank in 1..self.size() {
-                let key = key(&rank.to_string());
-                if !came(&**store, &key, timeout.saturating_sub(begin.elapsed()))? {
+                if !came(&**store, &here(rank), timeout.saturating_sub(begin.elapsed()))? {
                     missing.push(rank);
                     if !wait_all_ranks {
                         break;
@@ -76,9 +79,9 @@ impl ProcessGroup {
             store.set(&verdict, format!("missing:{text}").as_bytes())?;
             missing
         } else {
-            // Rank 0 decides within its own timeout, which began when it came.
+            // Rank 0 decides within its own timeout, which begins when it comes.
             let patience = timeout.saturating_add(timeout / 4).saturating_add(Duration::from_secs(1));
-            if came(&**store, &verdict, patience)? {
+            if came(&**store, &here(0), patience)? && came(&**store, &verdict, patience)? {
                 let text = String::from_utf8_lossy(&store.get(&verdict)?).into_owned();
                 let ranks = text.trim_start_matches("missing:").split(',');
                 ranks.filter_map(|rank| rank.parse().ok()).collect()
@@ -94,8 +97,28 @@ impl ProcessGroup {
             }
             return Ok(());
         }
+        let read = if self.rank() == 0 { self.see_read(key) } else { store.add(&key("read"), 1).map(|_| ()) };
+        if let Err(error) = read {
+            tracing::debug!(%error, "the verdict of a monitored barrier may be lost to others");
+        }
         let op = "monitored_barrier".to_owned();
         Err(self.inner.fail(Error::Timeout { op, seq, elapsed: begin.elapsed(), missing }))
+    }
+
+    /// Waits a little until who has come has read the verdict: rank 0 may be the store, and go because of it.
+    fn see_read(&self, key: impl Fn(&str) -> String) -> Result<()> {
+        let store = &self.inner.store;
+        let until = Instant::now() + TO_READ;
+        loop {
+            let mut here = 0;
+            for rank in 1..self.size() {
+                here += i64::from(store.check(&[&key(&rank.to_string())])?);
+            }
+            if store.add(&key("read"), 0)? >= here || Instant::now() >= until {
+                return Ok(());
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 
     /// Who reads the verdict of a monitored barrier last deletes its keys.
@@ -125,6 +148,16 @@ fn came(store: &dyn Store, key: &str, left: Duration) -> Result<bool> {
 mod tests {
     use super::*;
     use crate::testing;
+
+    #[test]
+    fn all_ranks_that_come_to_a_monitored_barrier_name_the_one_that_does_not() {
+        let errors = testing::run_threads(3, |group| {
+            (group.rank() != 2).then(|| group.monitored_barrier(Duration::from_secs(3), true).unwrap_err())
+        });
+        for error in errors.into_iter().flatten() {
+            assert!(matches!(&error, Error::Timeout { missing, .. } if missing == &[2]), "{error}");
+        }
+    }
 
     #[test]
     fn a_monitored_barrier_leaves_no_keys_in_the_store() {

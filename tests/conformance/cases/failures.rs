@@ -21,6 +21,7 @@ list! {
     2 abort_from_another_thread_frees_a_waiting_call_on_every_rank;
     2 abort_frees_a_rank_that_waits_in_destroy;
     2 a_message_of_another_size_or_kind_is_an_error_of_the_receiver;
+    3 who_agrees_about_a_group_is_told_as_soon_that_another_does_not;
     2 a_monitored_barrier_names_every_missing_rank;
     2 an_asynchronous_failure_comes_from_the_work_and_from_nothing_else;
 }
@@ -228,6 +229,14 @@ fn a_message_of_another_size_or_kind_is_an_error_of_the_receiver(group: &Process
         }
         group.barrier().unwrap();
     }
+}
+
+fn who_agrees_about_a_group_is_told_as_soon_that_another_does_not(group: &ProcessGroup) {
+    // Whoever comes first, others agree with it and wait for one that does not.
+    let all: Vec<usize> = (0..group.size()).collect();
+    let ranks = if group.rank() == group.size() - 1 { &all[1..] } else { &all };
+    let error = group.new_group(ranks).unwrap_err();
+    assert!(error.to_string().contains("disagree"), "{error}");
 }
 
 fn a_monitored_barrier_names_every_missing_rank(group: &ProcessGroup) {

@@ -64,10 +64,10 @@ pub(crate) struct Engine {
     look: Mutex<Option<Instant>>,
     /// What a peer that is gone makes of the call in progress.
     inquest: Mutex<Option<Inquest>>,
-    /// Why the call in front does not end, where one behind it is overdue.
+    /// Why the call in front does not end, where one behind it is overdue; or why a message does not come.
     overdue: Mutex<Option<Diagnosis>>,
-    /// Whether a first finding is under diagnosis: its verdict ends every call.
-    examined: AtomicBool,
+    /// Held by every diagnosis of a first finding: its verdict ends every call.
+    examined: Arc<()>,
     /// The backend was dropped: close when nothing is pending.
     dropped: AtomicBool,
     this: Weak<Self>,
@@ -154,7 +154,7 @@ impl Engine {
             look: Mutex::new(None),
             inquest: Mutex::new(None),
             overdue: Mutex::new(None),
-            examined: AtomicBool::new(false),
+            examined: Arc::default(),
             dropped: AtomicBool::new(false),
             this: this.clone(),
         });
@@ -205,9 +205,13 @@ impl Engine {
         Stamp { seq, fingerprint: self.ledger.call(seq).unwrap_or(stamp::UNKNOWN) }
     }
 
-    /// A finding is about to be looked into: nobody else needs to.
-    pub(super) fn examine(&self) {
-        self.examined.store(true, Ordering::SeqCst);
+    /// A finding is looked into: nobody else needs to, while this is held.
+    pub(super) fn examine(&self) -> Arc<()> {
+        self.examined.clone()
+    }
+
+    fn examined(&self) -> bool {
+        Arc::strong_count(&self.examined) > 1
     }
 
     /// Runs a call on this thread if the group is idle; else queues it and waits.

@@ -1,13 +1,12 @@
 //! What may end a call or a message from outside: deadlines, and peers that are gone.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::{ABSENT, CLOSED, Engine, FAILED, LOOK, Pending, far, timed_out};
 use crate::Error;
 use crate::backend::native::cause::Cause;
-use crate::backend::native::control::{Listener, Presence};
+use crate::backend::native::control::{Listener, Overdue, Presence};
 use crate::backend::native::diagnosis::Diagnosis;
 use crate::backend::native::progress;
 
@@ -42,7 +41,7 @@ impl Listener for Engine {
 }
 
 impl Engine {
-    /// Looks at the deadlines of queued calls: when to look again.
+    /// Looks at the deadlines of queued calls, and into why one is late, or a message: when to look again.
     pub(super) fn watch_pending(&self, now: Instant) -> Option<Instant> {
         let soon = now + Duration::from_millis(1);
         let mut diagnosis = self.overdue.lock();
@@ -56,7 +55,7 @@ impl Engine {
             (first, overdue.map(|p| p.entered))
         };
         let Some(entered) = overdue else { return Some(first) };
-        if !self.examined.load(Ordering::SeqCst) {
+        if !self.examined() {
             // What it waits for is the call in front of it: who has not come to that one is missing.
             let seq = self.ledger.completed() + 1;
             let stamp = self.stamp_of(seq);
@@ -122,14 +121,13 @@ impl Engine {
         let next = self.control.deadline().unwrap_or_else(|| far(now)).min(now + LOOK);
         *look = Some(next);
         drop(look);
-        if let Some(overdue) = self.control.overdue(now) {
-            let error = Arc::new(Error::Timeout {
-                op: overdue.what,
-                seq: self.ledger.entered(),
-                elapsed: overdue.elapsed,
-                missing: overdue.peer.into_iter().collect(),
-            });
-            self.fail(Cause::of(&error, self.rank), Some(error));
+        if let Some(Overdue { what, elapsed, peer }) = self.control.overdue(now)
+            && !self.examined()
+        {
+            let stamp = self.stamp_of(self.ledger.entered());
+            let missing = peer.into_iter().collect();
+            let finding = Error::Timeout { op: what, seq: stamp.seq, elapsed, missing };
+            *self.overdue.lock() = Some(Diagnosis::new(self, finding, stamp, now - elapsed));
         }
         Some(next.max(now + Duration::from_millis(1)))
     }

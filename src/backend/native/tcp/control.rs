@@ -272,12 +272,11 @@ impl State {
     fn heard(&mut self, peer: usize, note: Note, ledger: &Ledger, after: &mut After) {
         match note {
             Note::Ask { seq } => {
-                let Report { entered, call } = ledger.report(seq);
-                self.send(peer, &Note::Answer { seq, entered, call }, &[]);
+                self.send(peer, &Note::Answer { seq, report: ledger.report(seq) }, &[]);
             }
-            Note::Answer { seq, entered, call } => {
+            Note::Answer { seq, report } => {
                 if seq == self.asked {
-                    self.answers[peer] = Some(Report { entered, call });
+                    self.answers[peer] = Some(report);
                 }
             }
             Note::Failed(cause) => {

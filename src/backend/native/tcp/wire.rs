@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::backend::native::cause::Cause;
+use crate::backend::native::ledger::Report;
 use crate::backend::native::link::Head;
 use crate::backend::native::memory::Piece;
 
@@ -66,7 +67,7 @@ pub(super) enum Note {
     /// How far are you, and what did you call at this number?
     Ask { seq: u64 },
     /// As far as this.
-    Answer { seq: u64, entered: u64, call: Option<u128> },
+    Answer { seq: u64, report: Report },
     /// The group has failed.
     Failed(Cause),
     /// I make no more calls; I made this many.

@@ -139,7 +139,7 @@ mod tests {
             for _ in 0..4 {
                 profiler.step(|| {
                     if group.rank() == 1 {
-                        std::thread::sleep(Duration::from_millis(40));
+                        std::thread::sleep(Duration::from_millis(200));
                     }
                     let mut t = Tensor::from_slice(&[1.0f32; 256]);
                     group.all_reduce(&mut t, ReduceOp::Sum).unwrap();
@@ -170,7 +170,7 @@ mod tests {
                         group.send(&t, 0, 0).unwrap();
                     }
                     _ => {
-                        std::thread::sleep(Duration::from_millis(100));
+                        std::thread::sleep(Duration::from_millis(400));
                         group.send(&t, 1, 0).unwrap();
                     }
                 });

@@ -114,3 +114,32 @@ pub(crate) trait Listener: Send + Sync {
     /// The presence of a peer has changed, or an answer came.
     fn changed(&self);
 }
+
+/// A listener that writes down what it hears.
+#[cfg(test)]
+pub(crate) struct Heard(parking_lot::Mutex<Vec<Cause>>);
+
+#[cfg(test)]
+impl Heard {
+    pub(crate) fn new() -> Arc<Self> {
+        Arc::new(Self(parking_lot::Mutex::default()))
+    }
+
+    pub(crate) fn listener(self: &Arc<Self>) -> Weak<dyn Listener> {
+        let this: Arc<dyn Listener> = self.clone();
+        Arc::downgrade(&this)
+    }
+
+    pub(crate) fn causes(&self) -> Vec<Cause> {
+        self.0.lock().clone()
+    }
+}
+
+#[cfg(test)]
+impl Listener for Heard {
+    fn failed(&self, cause: &Cause) {
+        self.0.lock().push(cause.clone());
+    }
+
+    fn changed(&self) {}
+}

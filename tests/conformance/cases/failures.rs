@@ -20,6 +20,7 @@ list! {
     1 every_call_after_a_failure_returns_its_cause;
     2 abort_from_another_thread_frees_a_waiting_call_on_every_rank;
     2 abort_frees_a_rank_that_waits_in_destroy;
+    2 abort_of_a_group_that_has_only_just_come_about_is_known_on_every_rank;
     2 a_message_of_another_size_or_kind_is_an_error_of_the_receiver;
     3 who_agrees_about_a_group_is_told_as_soon_that_another_does_not;
     2 a_monitored_barrier_names_every_missing_rank;
@@ -228,6 +229,19 @@ fn a_message_of_another_size_or_kind_is_an_error_of_the_receiver(group: &Process
             _ => {}
         }
         group.barrier().unwrap();
+    }
+}
+
+fn abort_of_a_group_that_has_only_just_come_about_is_known_on_every_rank(group: &ProcessGroup) {
+    for turn in 0..8 {
+        let own = own_group(group, Duration::from_secs(60));
+        if own.rank() == turn % own.size() {
+            own.abort().unwrap();
+            own.destroy().unwrap();
+            continue;
+        }
+        let error = own.barrier().unwrap_err();
+        assert!(matches!(root_cause(&error), Error::Aborted), "{error}");
     }
 }
 

@@ -62,6 +62,8 @@ struct State {
     closing: Option<Instant>,
     /// A peer has told of a failure.
     failed: bool,
+    /// Failures that were told before there was a listener.
+    missed: Vec<Cause>,
 }
 
 /// What is done when the state is not locked.
@@ -92,6 +94,7 @@ impl SocketControl {
             answers: vec![None; world],
             closing: None,
             failed: false,
+            missed: Vec::new(),
         };
         let control = Arc::new_cyclic(|this| Self {
             rank,
@@ -121,8 +124,14 @@ impl SocketControl {
         result
     }
 
-    fn dispatch(&self, after: After) {
+    fn dispatch(&self, mut after: After) {
         let listener = || self.listener.get().and_then(Weak::upgrade);
+        if !after.failures.is_empty() {
+            let mut state = self.state.lock();
+            if self.listener.get().is_none() {
+                state.missed.extend(after.failures.drain(..));
+            }
+        }
         // A failure first: what ends because of it then finds the group failed.
         for cause in &after.failures {
             if let Some(listener) = listener() {
@@ -317,6 +326,7 @@ impl Control for SocketControl {
         let _ = self.listener.set(listener);
         self.with(|state, after| {
             after.changed = state.presence.iter().any(|p| *p != Presence::Here);
+            after.failures.append(&mut state.missed);
         });
     }
 
@@ -461,5 +471,38 @@ impl Task for SocketControl {
 impl std::fmt::Debug for SocketControl {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "SocketControl(rank {})", self.rank)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+    use crate::backend::native::control::Heard;
+
+    #[test]
+    fn who_listens_after_a_failure_was_told_hears_of_it() {
+        let (a, b) = UnixStream::pair().unwrap();
+        for socket in [&a, &b] {
+            socket.set_nonblocking(true).unwrap();
+        }
+        let end = |rank: usize, socket: UnixStream| {
+            let mut sockets = vec![None, None];
+            sockets[1 - rank] = Some(socket.into());
+            SocketControl::new(rank, sockets, None, Arc::new(Ledger::new())).unwrap()
+        };
+        let (teller, late) = (end(0, a), end(1, b));
+        teller.tell(&Cause::Aborted);
+        let until = Instant::now() + Duration::from_secs(60);
+        while !late.listen() {
+            assert!(Instant::now() < until, "the note does not come");
+            std::thread::yield_now();
+        }
+        let heard = Heard::new();
+        late.attach(heard.listener());
+        assert_eq!(heard.causes(), [Cause::Aborted]);
+        teller.close(0);
+        late.close(0);
     }
 }

@@ -34,12 +34,35 @@ pub(super) struct RankPlace {
     ledger: Arc<Ledger>,
     event: Arc<Event>,
     presence: Mutex<Presence>,
-    listener: Mutex<Option<Weak<dyn Listener>>>,
+    ear: Mutex<Ear>,
+}
+
+/// Who hears what other ranks say.
+#[derive(Default)]
+struct Ear {
+    listener: Option<Weak<dyn Listener>>,
+    /// The first failure told before there was a listener: ranks come into the room one after another.
+    missed: Option<Cause>,
 }
 
 impl RankPlace {
     pub(super) fn listener(&self) -> Option<Arc<dyn Listener>> {
-        self.listener.lock().as_ref().and_then(Weak::upgrade)
+        self.ear.lock().listener.as_ref().and_then(Weak::upgrade)
+    }
+
+    fn tell(&self, cause: &Cause) {
+        let mut ear = self.ear.lock();
+        let listener = match &ear.listener {
+            Some(listener) => listener.upgrade(),
+            None => {
+                ear.missed.get_or_insert_with(|| cause.clone());
+                None
+            }
+        };
+        drop(ear);
+        if let Some(listener) = listener {
+            listener.failed(cause);
+        }
     }
 }
 
@@ -61,7 +84,7 @@ impl Room {
             ledger: Arc::new(Ledger::new()),
             event: Arc::default(),
             presence: Mutex::new(Presence::Here),
-            listener: Mutex::default(),
+            ear: Mutex::default(),
         };
         Self {
             places: (0..size).map(place).collect(),
@@ -147,7 +170,14 @@ impl Seat {
 
 impl Control for Seat {
     fn attach(&self, listener: Weak<dyn Listener>) {
-        *self.room.places[self.rank].listener.lock() = Some(listener);
+        let missed = {
+            let mut ear = self.room.places[self.rank].ear.lock();
+            ear.listener = Some(listener.clone());
+            ear.missed.take()
+        };
+        if let (Some(cause), Some(listener)) = (missed, listener.upgrade()) {
+            listener.failed(&cause);
+        }
     }
 
     fn ask(&self, seq: u64) {
@@ -174,9 +204,7 @@ impl Control for Seat {
 
     fn tell(&self, cause: &Cause) {
         for (_, place) in self.others() {
-            if let Some(listener) = place.listener() {
-                listener.failed(cause);
-            }
+            place.tell(cause);
         }
     }
 
@@ -228,10 +256,26 @@ impl Control for Seat {
         if !left {
             self.announce(Presence::Closed(completed));
         }
-        *place.listener.lock() = None;
+        place.ear.lock().listener = None;
     }
 }
 
 /// How long a rank waits for the others to come into its room, once all of them are known to be
 /// on their way.
 pub(crate) const JOIN_GRACE: Duration = Duration::from_secs(30);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::native::control::Heard;
+
+    #[test]
+    fn who_comes_into_a_room_after_a_failure_was_told_hears_of_it() {
+        let room = Room::of(crate::backend::native::meet::random(), 2);
+        Seat::new(room.clone(), 0).tell(&Cause::Aborted);
+        let late = Seat::new(room, 1);
+        let heard = Heard::new();
+        late.attach(heard.listener());
+        assert_eq!(heard.causes(), [Cause::Aborted]);
+    }
+}

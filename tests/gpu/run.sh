@@ -4,14 +4,17 @@
 # run, and of the others it says why they were not.
 #
 #   ./run.sh            with `python3`
+#   ./run.sh checks-1 timing    only the parts whose names begin so
 #   PYTHON=… OUT=… NCCL=/path/to/libnccl.so.2 ./run.sh
 #
 # NCCL names an NCCL of 2.30 or newer: with it, 2 and 4 ranks share one GPU (for correctness only).
-# Ends with 0 when all parts that were run are good, 1 when one failed, 3 when something that takes a GPU was not run.
+# Ends with 0 when all parts that were asked for are good, 1 when one failed, 2 when no part has such a name, 3 when
+# something that takes a GPU was not run. No part takes longer than ten minutes.
 set -uo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 python=${PYTHON:-python3}
 out=${OUT:-$here/out}
+asked=("$@")
 
 nothing() { echo "nothing was run: $1" >&2; exit 3; }
 torch=$("$python" -c 'import os, torch; print(torch.__version__.split("+")[0], os.path.dirname(torch.__file__))') \
@@ -21,17 +24,27 @@ bin=$here/libtorch-$version
 [ -d "$bin" ] || nothing "no programs were packed for torch $version; there is: $(cd "$here" && echo libtorch-*)"
 [ -e "$torch/lib/libtorch_cuda.so" ] || nothing "the torch of $python has no CUDA part, which these programs are linked with"
 mkdir -p "$out" || nothing "OUT=… names a folder that can be written to"
-rm -f "$out"/*.log
 export LD_LIBRARY_PATH=$torch/lib GPU_TRACES=$out RUST_BACKTRACE=0
+for program in "$bin"/*; do
+    lacks=$(LC_ALL=C ldd "$program" 2>/dev/null | grep 'not found') && nothing "$(basename "$program") does not load: $lacks"
+done
 # Parts have limits of their own, below.
 export TCH_DISTRIBUTED_TEST_TIMEOUT=3600
 
 no_gpu=
 "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null || no_gpu="torch finds no CUDA device"
 
-failed=0
+failed=0 ran=0 left_out=0
+wanted() { # NAME
+    local start
+    [ ${#asked[@]} = 0 ] && return
+    for start in "${asked[@]}"; do [[ $1 == "$start"* ]] && return; done
+    return 1
+}
 part() { # NAME SECONDS COMMAND…
     local name=$1 seconds=$2 start=$SECONDS code; shift 2
+    wanted "$name" || return 0
+    ran=$((ran + 1))
     timeout "$seconds" "$@" >"$out/$name.log" 2>&1; code=$?
     case $code in
         0) result=ok ;;
@@ -42,6 +55,9 @@ part() { # NAME SECONDS COMMAND…
     printf '%-34s %-36s %4d s\n' "$name" "$result" $((SECONDS - start))
 }
 not_run() { # NAME WHY
+    wanted "$1" || return 0
+    left_out=$((left_out + 1))
+    rm -f "$out/$1.log"
     printf '%-34s not run: %s\n' "$1" "$2"
 }
 gpu_part() { # as part, with a GPU
@@ -66,31 +82,29 @@ of = f"{torch.cuda.get_device_name(0)} x {gpus}, NCCL {torch.cuda.nccl.version()
 print(f"torch {torch.__version__}; {of}")
 MACHINE
 for backend in native gloo; do
-    part "suite-$backend-cpu" 900 "$bin/conformance" "$backend::"
+    part "suite-$backend-cpu" 540 "$bin/conformance" "$backend::"
 done
-gpu_part checks-1-rank 600 "$bin/gpu" checks 1
-gpu_part product-1-rank 900 bash -c 'suite 1'
-gpu_part cases-1-rank 600 bash -c cases
+gpu_part checks-1-rank 540 "$bin/gpu" checks 1
+gpu_part product-1-rank 540 bash -c 'suite 1'
+gpu_part cases-1-rank 540 bash -c cases
 for ranks in 2 4; do
     if [ -n "${NCCL:-}" ]; then
         shared=(env "LD_PRELOAD=$NCCL" NCCL_MULTI_RANK_GPU_ENABLE=1 NCCL_NVLS_ENABLE=0 NCCL_MAX_CTAS=4)
-        gpu_part "checks-$ranks-ranks-one-gpu" 900 "${shared[@]}" "$bin/gpu" checks $ranks
-        gpu_part "product-$ranks-ranks-one-gpu" 1800 "${shared[@]}" bash -c "suite $ranks"
+        gpu_part "checks-$ranks-ranks-one-gpu" 540 "${shared[@]}" "$bin/gpu" checks $ranks
+        gpu_part "product-$ranks-ranks-one-gpu" 540 "${shared[@]}" bash -c "suite $ranks"
     else
         for name in checks product; do
             not_run "$name-$ranks-ranks-one-gpu" "NCCL names no library of 2.30 or newer"
         done
     fi
 done
-gpu_part timing-ours 900 "$bin/gpu" timing
-gpu_part timing-pytorch 900 "$python" "$here/beside.py"
+gpu_part timing-ours 540 "$bin/gpu" timing
+gpu_part timing-pytorch 540 "$python" "$here/beside.py"
+[ $((ran + left_out)) != 0 ] || { echo "no part has a name that begins with ${asked[*]}" >&2; exit 2; }
 echo "what they said is in $out"
-[ -z "$no_gpu" ] || exit $((failed ? 1 : 3))
 
-echo
-grep -h '^ok\|^FAILED' "$out"/checks-*.log
-echo
-"$python" - "$out" <<'TABLE'
+grep -hs '^ok\|^FAILED' "$out"/checks-*.log
+[ -s "$out/timing-ours.log" ] && [ -s "$out/timing-pytorch.log" ] && "$python" - "$out" <<'TABLE'
 import json, sys
 def read(name):
     lines = open(f"{sys.argv[1]}/{name}.log").read().splitlines()
@@ -102,4 +116,6 @@ for what in ours:
     ratio = f"{ours[what] / them:8.2f}" if them else "       ?"
     print(f"{what:<44}{ours[what]:12.1f}{them or float('nan'):12.1f}{ratio}")
 TABLE
-exit $failed
+[ $failed = 0 ] || exit 1
+[ -z "$no_gpu" ] || [ $left_out = 0 ] || exit 3
+exit 0

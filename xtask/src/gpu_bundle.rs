@@ -39,7 +39,7 @@ pub(crate) fn run(arguments: &[String]) -> Result<()> {
     if bundle.exists() {
         fs::remove_dir_all(&bundle)?;
     }
-    for file in ["run.sh", "beside.py"] {
+    for file in ["README.md", "run.sh", "beside.py"] {
         fs::create_dir_all(&bundle)?;
         fs::copy(root().join("tests/gpu").join(file), bundle.join(file))?;
     }

@@ -6,8 +6,6 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use tch::Tensor;
-
 use super::buckets;
 use super::hooks::GradBucket;
 use super::reducer::Reducer;
@@ -45,10 +43,12 @@ impl Reducer {
                 let trouble = failed || !self.missing(state).is_empty();
                 let used = if self.asks_for_use(state) { state.used.clone() } else { Vec::new() };
                 let like = &state.parameters[members[0]].tensor;
-                Some(Flags { trouble, used }.to_tensor(like.kind(), like.device())?)
+                let own = Flags { trouble, used };
+                let sent = own.to_tensor(like.kind(), like.device())?;
+                step.flags = Some((own, sent.shallow_clone()));
+                Some(sent)
             }
         };
-        step.flags = flags.as_ref().map(Tensor::shallow_clone);
         let Some(hook) = &mut state.hook else {
             gradients.extend(flags);
             let work = self.group.all_reduce_coalesced_async(&gradients, ReduceOp::Avg)?;
@@ -125,7 +125,9 @@ impl Reducer {
         }
         ended?;
         // No bucket, no flags: nothing was exchanged.
-        let Some(flags) = step.flags.as_ref().map(Flags::from_tensor).transpose()? else { return Ok(None) };
+        let Some((own, average)) = &step.flags else { return Ok(None) };
+        // Alone there is nobody to hear of, and to read from a device is to wait for it.
+        let flags = if self.group.size() == 1 { own.clone() } else { Flags::from_tensor(average)? };
         if flags.trouble {
             return explain(&Report { missing, failure }, &self.group).map(Some);
         }

@@ -4,6 +4,7 @@ use tch::Tensor;
 
 use super::buckets::Plan;
 use super::hooks::Exchange;
+use super::unused::Flags;
 
 /// What has happened so far in this backward.
 pub(super) struct Step {
@@ -17,8 +18,8 @@ pub(super) struct Step {
     pub(super) next: usize,
     /// What is under way, in order.
     pub(super) exchanges: Vec<Exchange>,
-    /// The flags that rode in the last bucket; the average of all ranks when that has ended.
-    pub(super) flags: Option<Tensor>,
+    /// This rank's flags, and as they rode in the last bucket: the average of all ranks when that has ended.
+    pub(super) flags: Option<(Flags, Tensor)>,
     /// What was sent in place of gradients that this rank does not have.
     pub(super) substitutes: Vec<Substitute>,
 }

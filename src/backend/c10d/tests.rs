@@ -461,6 +461,93 @@ fn an_abort_ends_receives_from_any_rank_on_every_rank() {
     }
 }
 
+/// A store to which a rank cannot say that it leaves in good order: to the others it looks like one that crashed.
+struct Speechless(Arc<HashStore>);
+
+impl Store for Speechless {
+    fn set(&self, key: &str, value: &[u8]) -> Result<()> {
+        if key.starts_with("tchd/left/") { Ok(()) } else { self.0.set(key, value) }
+    }
+    fn get(&self, key: &str) -> Result<Vec<u8>> {
+        self.0.get(key)
+    }
+    fn add(&self, key: &str, amount: i64) -> Result<i64> {
+        self.0.add(key, amount)
+    }
+    fn compare_set(&self, key: &str, expected: &[u8], desired: &[u8]) -> Result<Vec<u8>> {
+        self.0.compare_set(key, expected, desired)
+    }
+    fn check(&self, keys: &[&str]) -> Result<bool> {
+        self.0.check(keys)
+    }
+    fn wait(&self, keys: &[&str], timeout: Duration) -> Result<()> {
+        self.0.wait(keys, timeout)
+    }
+    fn delete(&self, key: &str) -> Result<bool> {
+        self.0.delete(key)
+    }
+    fn num_keys(&self) -> Result<usize> {
+        self.0.num_keys()
+    }
+    fn append(&self, key: &str, value: &[u8]) -> Result<()> {
+        self.0.append(key, value)
+    }
+    fn timeout(&self) -> Duration {
+        self.0.timeout()
+    }
+    fn set_timeout(&self, timeout: Duration) {
+        self.0.set_timeout(timeout);
+    }
+}
+
+#[test]
+fn a_receive_from_any_rank_ends_with_the_name_of_a_rank_that_goes_without_a_word() {
+    let store = Arc::new(HashStore::new());
+    let error = thread::scope(|scope| {
+        let store = &store;
+        let crashes = scope.spawn(move || drop(gloo(&Arc::new(Speechless(store.clone())), 2, 3, SECONDS)));
+        let (over, idle) = channel::<()>();
+        let idles = scope.spawn(move || {
+            let gloo = gloo(store, 1, 3, SECONDS);
+            // It calls nothing, and so hears of nothing.
+            let _ = idle.recv();
+            drop(gloo);
+        });
+        let gloo = gloo(store, 0, 3, SECONDS);
+        let (mut asks, end) = transfer(Direction::Recv { src: None }, 3, &f32s(&[-1.0]));
+        asks.timeout = SECONDS * 10;
+        gloo.transfer(vec![asks]);
+        let error = end.recv_timeout(SECONDS * 5).expect("it ends long before its timeout").unwrap_err();
+        drop((over, gloo));
+        crashes.join().unwrap();
+        idles.join().unwrap();
+        error
+    });
+    assert!(matches!(&error, Error::PeerLost { rank: 2, .. }), "{error:?}");
+}
+
+#[test]
+fn a_rank_that_leaves_in_good_order_does_not_end_a_receive_from_any_other() {
+    ranks(3, |rank, gloo| match rank {
+        0 => {
+            let t = f32s(&[-1.0]);
+            let (mut asks, end) = transfer(Direction::Recv { src: None }, 3, &t);
+            asks.timeout = SECONDS * 10;
+            gloo.transfer(vec![asks]);
+            assert_eq!(end.recv_timeout(SECONDS * 5).unwrap().unwrap().source, Some(1));
+            assert_eq!(values(&t), [7.0]);
+        }
+        1 => {
+            // Long enough for the receive to be watched, and for rank 2 to have gone.
+            thread::sleep(Duration::from_millis(2500));
+            let (sends, end) = transfer(Direction::Send { dst: 0 }, 3, &f32s(&[7.0]));
+            gloo.transfer(vec![sends]);
+            end.recv_timeout(SECONDS * 5).unwrap().unwrap();
+        }
+        _ => gloo.shutdown(SECONDS).unwrap(),
+    });
+}
+
 #[test]
 fn calls_are_asynchronous_and_end_in_any_order() {
     ranks(2, |rank, gloo| {

@@ -1,5 +1,6 @@
 #include "tch-distributed/src/libtorch/c10d.rs.h"
 
+#include <c10/core/DeviceGuard.h>
 #include <torch/version.h>
 #include "c10d/parts.h"
 
@@ -225,6 +226,8 @@ void C10dBackend::start_group() const {
 }
 std::unique_ptr<C10dWork> C10dBackend::end_group() const {
   parts_->grouping = false;
+  // It looks at the thread's current device, which may be another.
+  c10::OptionalDeviceGuard guard(parts_->device);
   return pending(parts_->backend->endCoalescing());
 }
 void C10dBackend::abort() const {

@@ -80,8 +80,8 @@ impl GroupOptions {
     }
 
     /// Whether NCCL splits the new group's communicator off the parent's instead of connecting its ranks anew. It is
-    /// for worlds whose ranks named their [`device`](crate::InitOptions::device); every rank of the parent gives the
-    /// same. Other backends take no notice.
+    /// for worlds whose ranks named their [`device`](crate::InitOptions::device), all of them: where they did not, ranks
+    /// connect anew. Every rank of the parent gives the same. Other backends take no notice.
     #[doc(alias = "split_from")]
     pub fn split_communicator(mut self, split: bool) -> Self {
         self.split_communicator = split;

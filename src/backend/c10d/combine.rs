@@ -171,8 +171,8 @@ impl Combine {
     }
 }
 
-/// A number as a tensor of no dimensions like another one.
+/// A number as a tensor of no dimensions, of the kind of another one. It stays on the CPU, as such tensors may: a copy
+/// to the device would wait for what the device was given before.
 fn scalar(value: f64, like: &Tensor) -> Result<Tensor> {
-    let scalar = Tensor::f_from_slice(&[value])?.f_to_kind(like.f_kind()?)?.f_to_device(like.device())?;
-    Ok(scalar.f_view([] as [i64; 0])?)
+    Ok(Tensor::f_from_slice(&[value])?.f_to_kind(like.f_kind()?)?.f_view([] as [i64; 0])?)
 }

@@ -19,6 +19,7 @@ use super::lookout::{Charge, Given, Lookout};
 use super::messages::given_order;
 use super::ops::{Refusal, Site, Started};
 use super::own::Own;
+use super::peers::Peers;
 use super::{sentry, waiters};
 use crate::backend::{Call, CollectiveBackend, Completion, Op, Receipt, Transfer, WriteBack, segment_numel};
 use crate::libtorch::{C10dBackend, C10dMember, C10dWork, NcclPlan, SideStream, Told};
@@ -57,7 +58,8 @@ pub(super) struct Shared {
     pub(super) own: Arc<Own>,
     /// Gloo's receives from any rank.
     pub(super) listeners: Arc<Listeners>,
-    /// Gloo's collectives under way, by number: what each is, and since when.
+    pub(super) peers: Peers,
+    /// Collectives under way, by number: what each is, and since when.
     at_work: Mutex<BTreeMap<u64, (String, Instant)>>,
     /// Whether somebody is asking the others what they are stuck in.
     pub(super) asking: AtomicBool,
@@ -66,6 +68,8 @@ pub(super) struct Shared {
     lookout: Arc<Lookout>,
     /// Whether NCCL was aborted. Its kernels then end as if they had worked.
     pub(super) broken: AtomicBool,
+    /// Whether NCCL's communicators have been freed.
+    left: AtomicBool,
     pending: AtomicUsize,
     quiet: (Mutex<()>, Condvar),
     fate: Mutex<Fate>,
@@ -88,7 +92,8 @@ impl Underway {
             Ok(()) => done.complete(keep().map(|source| Receipt { source })),
             Err(text) => {
                 drop(keep);
-                self.0.failed(Failure { text, ..failure }, done);
+                let suspect = failure.suspect.or_else(|| self.0.peers.gone());
+                self.0.failed(Failure { text, suspect, ..failure }, done);
             }
         }
     }
@@ -116,11 +121,7 @@ enum Way {
 impl Engine {
     pub(super) fn gloo(backend: C10dBackend, witness: Witness) -> Self {
         let pure = witness.absent().is_empty();
-        let engine = Self::new(Flavor::Gloo, backend, Device::Cpu, witness, pure, None);
-        if engine.0.witness.size > 1 {
-            sentry::watch(&engine.0);
-        }
-        engine
+        Self::new(Flavor::Gloo, backend, Device::Cpu, witness, pure, None)
     }
 
     pub(super) fn nccl(backend: C10dBackend, device: usize, side: SideStream, witness: Witness) -> Self {
@@ -153,7 +154,7 @@ impl Engine {
         side: Option<Mutex<SideStream>>,
     ) -> Self {
         let own = Own::new(witness.rank);
-        Self(Arc::new(Shared {
+        let engine = Self(Arc::new(Shared {
             flavor,
             backend: Some(backend),
             device,
@@ -162,15 +163,21 @@ impl Engine {
             order: Mutex::new(0),
             own,
             listeners: Arc::default(),
+            peers: Peers::default(),
             at_work: Mutex::default(),
             asking: AtomicBool::new(false),
             side,
             lookout: Arc::default(),
             broken: AtomicBool::new(false),
+            left: AtomicBool::new(false),
             pending: AtomicUsize::new(0),
             quiet: (Mutex::new(()), Condvar::new()),
             fate: Mutex::default(),
-        }))
+        }));
+        if engine.0.witness.size > 1 {
+            sentry::watch(&engine.0);
+        }
+        engine
     }
 }
 
@@ -237,6 +244,7 @@ impl CollectiveBackend for Engine {
             print: print(&call, site.rank),
             elapsed: Duration::ZERO,
             text: String::new(),
+            suspect: None,
         };
         match started {
             Ok(Way::Told(Started { work, finish })) => {
@@ -257,6 +265,9 @@ impl CollectiveBackend for Engine {
                     tensors()
                 });
                 let (underway, start, ms) = (shared.begin(), Instant::now(), site.ms);
+                if site.size > 1 {
+                    shared.at_work.lock().insert(seq, (failure.print.clone(), start));
+                }
                 shared.look_after(Charge { underway, given, keep, failure, start, ms, done });
             }
             Err(Refusal::Error(error)) => done.complete(Err(error)),
@@ -308,9 +319,18 @@ impl CollectiveBackend for Engine {
             }
         }
         drop(guard);
-        let (witness, patience) = (shared.witness.clone(), timeout.min(SETTLING));
+        let (leaving, patience) = (shared.clone(), timeout.min(SETTLING));
         if !patience.is_zero() {
-            waiters::within(patience, move || witness.see_others_settled(patience));
+            waiters::within(patience, move || {
+                leaving.witness.see_others_settled(patience);
+                if leaving.cause().is_none() {
+                    leaving.witness.leave();
+                }
+            });
+        }
+        if shared.leaves() && shared.pending.load(Ordering::Acquire) == 0 {
+            let leaving = shared.clone();
+            waiters::within(timeout, move || leaving.leave());
         }
         let own = shared.own.is_empty();
         shared.own.close(&Arc::new(Error::Aborted));
@@ -453,6 +473,31 @@ impl Shared {
         });
     }
 
+    /// Whether there are communicators of NCCL to be freed in good order.
+    fn leaves(&self) -> bool {
+        let free = |flag: &AtomicBool| !flag.load(Ordering::Acquire);
+        self.flavor == Flavor::Nccl && self.cause().is_none() && free(&self.broken) && free(&self.left)
+    }
+
+    /// Frees them, which waits for the other ranks. While the program runs: at its exit CUDA goes too.
+    fn leave(&self) {
+        if let Some(backend) = &self.backend
+            && !self.left.swap(true, Ordering::AcqRel)
+        {
+            leave(backend);
+        }
+    }
+
+    /// Whether a collective of a device, or a message from any rank, has been under way for longer than this.
+    pub(super) fn waits_for_long(&self, quick: Duration) -> bool {
+        self.listeners.wait_for_long(quick) || self.lookout.waits_for_long(quick)
+    }
+
+    /// A collective has ended.
+    pub(super) fn done_with(&self, seq: u64) {
+        self.at_work.lock().remove(&seq);
+    }
+
     /// Ends everything that is pending. Gloo has no abort; but a wait that times out closes all its
     /// connections, so one is made.
     pub(super) fn cut(&self) {
@@ -460,11 +505,10 @@ impl Shared {
         match self.flavor {
             Flavor::Nccl => {
                 self.broken.store(true, Ordering::Release);
-                if let Err(text) = backend.abort() {
-                    tracing::debug!("abort: {text}");
-                }
+                break_off(backend);
             }
             Flavor::Gloo if self.witness.size > 1 => {
+                self.peers.end();
                 let work = Tensor::f_empty([1], (Kind::Uint8, Device::Cpu))
                     .map_err(|e| e.to_string())
                     .and_then(|tensor| {
@@ -485,19 +529,41 @@ impl Shared {
 impl Drop for Shared {
     fn drop(&mut self) {
         self.lookout.close();
+        self.peers.end();
         self.own.close(&Arc::new(Error::Aborted));
         // Its destructor waits for what is pending, and this may be one of the engine's own threads.
         if let Some(backend) = self.backend.take() {
             let witness = self.witness.clone();
-            let leaves = self.flavor == Flavor::Nccl && !self.broken.load(Ordering::Acquire);
+            let (leaves, left) = (self.leaves(), self.left.load(Ordering::Acquire));
+            let (nccl, well) = (self.flavor == Flavor::Nccl, self.cause().is_none());
             waiters::run(move || {
                 witness.see_others_settled(SETTLING);
-                if leaves && let Err(text) = backend.shutdown() {
-                    tracing::debug!("shutdown: {text}");
+                if well {
+                    witness.leave();
+                }
+                if leaves {
+                    leave(&backend);
+                } else if nccl && !left {
+                    break_off(&backend);
                 }
                 drop(backend);
             });
         }
+    }
+}
+
+/// Frees NCCL's communicators. Where that fails they are aborted: else the engine's destructor would, and an exception
+/// there ends the process.
+fn leave(backend: &C10dBackend) {
+    if let Err(text) = backend.shutdown() {
+        tracing::debug!("shutdown: {text}");
+        break_off(backend);
+    }
+}
+
+fn break_off(backend: &C10dBackend) {
+    if let Err(text) = backend.abort() {
+        tracing::debug!("abort: {text}");
     }
 }
 

@@ -2,7 +2,7 @@
 //! to blame, the ranks find out through the store, where each that fails says how far it was.
 //!
 //! Keys, under the group's own: `tchd/here/RANK` from a rank of this crate when it joins (Python ranks set
-//! none), `tchd/connected/RANK` when it has, `tchd/failed/RANK` with its [`Status`] from a rank that fails, and then
+//! none), `tchd/connected/RANK` when it has, `tchd/left/RANK` when it leaves in good order, `tchd/failed/RANK` with its [`Status`] from a rank that fails, and then
 //! `tchd/over`, `tchd/cause` from the first that aborts.
 
 use std::io;
@@ -59,6 +59,8 @@ pub(super) struct Failure {
     pub(super) print: String,
     pub(super) elapsed: Duration,
     pub(super) text: String,
+    /// Who is to blame if it is one of those that say nothing.
+    pub(super) suspect: Option<usize>,
 }
 
 /// What a failing rank leaves in the store.
@@ -94,6 +96,18 @@ impl Witness {
     /// Says that this rank has connected to all others.
     pub(super) fn settle(&self) -> crate::Result<()> {
         self.store.set(&format!("tchd/connected/{}", self.rank), b"1")
+    }
+
+    /// Says that this rank leaves in good order: its connections will close, and nothing is wrong.
+    pub(super) fn leave(&self) {
+        if let Err(error) = self.store.set(&format!("tchd/left/{}", self.rank), b"1") {
+            tracing::debug!("cannot tell the other ranks that this one leaves: {error}");
+        }
+    }
+
+    /// Whether a rank has said so.
+    pub(super) fn has_left(&self, rank: usize) -> crate::Result<bool> {
+        self.store.check(&[&format!("tchd/left/{rank}")])
     }
 
     /// Waits until the other ranks of this crate have connected too: a rank that leaves before is taken
@@ -198,8 +212,8 @@ impl Witness {
         if class == Class::Timeout || others.iter().any(|(_, status)| status.class == "T") {
             return self.timeout(failure, ours);
         }
-        match ours.first() {
-            Some(&rank) => self.lost(failure, rank),
+        match failure.suspect.filter(|rank| ours.contains(rank)).or(ours.first().copied()) {
+            Some(rank) => self.lost(failure, rank),
             None => Error::Torch(tch::TchError::Torch(format!("{}: {}", failure.op, failure.text))),
         }
     }

@@ -1,6 +1,7 @@
 //! Looks after the operations of a device: one thread a group asks whether they have ended, tells those who wait for
 //! that, and breaks off what takes too long. Callers who only order their stream never come here.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread;
@@ -67,17 +68,44 @@ impl Charge {
                 false => result,
             });
         }
-        if self.start.elapsed().as_millis() as i64 > self.ms {
+        if self.is_overdue(Instant::now()) {
             shared.cut();
             return Some(Err("the operation timed out".to_owned()));
         }
         shared.cause().map(|_| Err("the group was aborted".to_owned()))
     }
 
+    fn is_overdue(&self, now: Instant) -> bool {
+        now.saturating_duration_since(self.start).as_millis() as i64 > self.ms
+    }
+
+    /// Whether the group works, as far as is known.
+    fn is_well(&self) -> bool {
+        let shared = &self.underway.0;
+        !shared.broken.load(Ordering::Acquire) && shared.cause().is_none()
+    }
+
     fn end(self, result: Told<()>) {
+        if !self.failure.print.is_empty() {
+            self.underway.0.done_with(self.failure.seq);
+        }
         let failure = Failure { elapsed: self.start.elapsed(), ..self.failure };
         self.underway.end(result, self.keep, failure, self.done);
     }
+}
+
+/// Takes out those that have ended, and how. A group's operations follow one another on one stream: where all is well,
+/// the first that has not ended answers for those behind it, which need not be asked.
+fn take_ended<T, R>(all: &mut VecDeque<T>, in_order: bool, poll: impl Fn(&T) -> Option<R>) -> Vec<(T, R)> {
+    let (mut ended, mut index) = (Vec::new(), 0);
+    while let Some(one) = all.get(index) {
+        match poll(one) {
+            Some(result) => ended.extend(all.remove(index).map(|one| (one, result))),
+            None if in_order => break,
+            None => index += 1,
+        }
+    }
+    ended
 }
 
 #[derive(Default)]
@@ -89,6 +117,8 @@ pub(super) struct Lookout {
 #[derive(Default)]
 struct State {
     new: Vec<Charge>,
+    /// When the oldest operation under way began.
+    since: Option<Instant>,
     /// Whether there is a thread, and whether it sleeps until something comes.
     on_duty: bool,
     asleep: bool,
@@ -121,6 +151,11 @@ impl Lookout {
         }
     }
 
+    /// Whether an operation has been under way for longer than this.
+    pub(super) fn waits_for_long(&self, quick: Duration) -> bool {
+        self.state.lock().since.is_some_and(|since| since.elapsed() > quick)
+    }
+
     /// The thread ends when nothing is left.
     pub(super) fn close(&self) {
         self.state.lock().closed = true;
@@ -131,12 +166,13 @@ impl Lookout {
         if let Err(text) = use_device(device) {
             tracing::debug!("cuda device {device}: {text}");
         }
-        let mut charges: Vec<Charge> = Vec::new();
+        let mut charges: VecDeque<Charge> = VecDeque::new();
         let mut pause = PAUSES[0];
         loop {
             {
                 let mut state = self.state.lock();
                 if state.new.is_empty() && charges.is_empty() {
+                    state.since = None;
                     state.asleep = true;
                     let late = !state.closed && self.come.wait_for(&mut state, LINGER).timed_out();
                     state.asleep = false;
@@ -147,19 +183,36 @@ impl Lookout {
                 } else if state.new.is_empty() {
                     self.come.wait_for(&mut state, pause);
                 }
-                charges.append(&mut state.new);
+                charges.extend(state.new.drain(..));
+                state.since = charges.front().map(|charge| charge.start);
             }
-            // In any order: a message may wait for what follows the end of a collective behind it.
-            let mut ended = Vec::new();
-            let mut index = 0;
-            while index < charges.len() {
-                match charges[index].poll() {
-                    None => index += 1,
-                    Some(result) => ended.push((charges.remove(index), result)),
-                }
-            }
+            let now = Instant::now();
+            let well = charges.front().is_none_or(Charge::is_well);
+            let in_order = well && !charges.iter().any(|charge| charge.is_overdue(now));
+            let ended = take_ended(&mut charges, in_order, Charge::poll);
             pause = if ended.is_empty() { (pause * 2).min(PAUSES[1]) } else { PAUSES[0] };
             ended.into_iter().for_each(|(charge, result)| charge.end(result));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+    use std::collections::VecDeque;
+
+    #[test]
+    fn one_that_has_not_ended_answers_for_those_behind_it_unless_the_group_failed() {
+        for (in_order, taken, left, asked) in
+            [(true, &[1, 2][..], &[-3, 4, -5][..], 3), (false, &[1, 2, 4], &[-3, -5], 5)]
+        {
+            let (mut all, polls) = (VecDeque::from([1, 2, -3, 4, -5]), Cell::new(0));
+            let ended = super::take_ended(&mut all, in_order, |one: &i32| {
+                polls.set(polls.get() + 1);
+                (*one > 0).then_some("ended")
+            });
+            let ended: Vec<i32> = ended.into_iter().map(|(one, _)| one).collect();
+            assert_eq!((&ended[..], &all.make_contiguous()[..], polls.get()), (taken, left, asked));
         }
     }
 }

@@ -6,11 +6,12 @@ use std::time::{Duration, Instant};
 use tch::Tensor;
 
 use super::combine::Flavor;
-use super::engine::{CUT_TAG, Shared, alone_at_the_recorder, millis};
+use super::engine::{Shared, alone_at_the_recorder, millis};
 use super::flat::bytes;
 use super::inquest::Failure;
 use super::lookout::{Charge, Given};
 use super::own::{Asking, FromAny};
+use super::peers::WATCH_TAG;
 use super::waiters;
 use crate::backend::{Completion, Direction, Receipt, Transfer, WriteBack};
 use crate::libtorch::Told;
@@ -106,10 +107,10 @@ impl Shared {
     fn message(self: &Arc<Self>, message: Message) {
         let Message { transfer, flat, asking } = message;
         let Some(backend) = &self.backend else { return };
-        let Some(tag) = i32::try_from(transfer.tag).ok().filter(|tag| *tag != CUT_TAG) else {
+        let Some(tag) = i32::try_from(transfer.tag).ok().filter(|tag| *tag < WATCH_TAG) else {
             return transfer.done.complete(Err(Error::invalid(
                 "tag",
-                format_args!("{} was given; gloo takes tags below {CUT_TAG}", transfer.tag),
+                format_args!("{} was given; gloo takes tags below {WATCH_TAG}", transfer.tag),
             )));
         };
         let (op, work) = {
@@ -125,7 +126,11 @@ impl Shared {
                 }
             }
         };
-        let failure = self.failure_of(format!("{op} (tag {tag})"));
+        let suspect = match transfer.direction {
+            Direction::Send { dst } => Some(dst),
+            Direction::Recv { src } => src,
+        };
+        let failure = Failure { suspect, ..self.failure_of(format!("{op} (tag {tag})")) };
         let Transfer { direction, timeout, done, buffer, .. } = transfer;
         let work = match work {
             Ok(work) => work,
@@ -240,7 +245,8 @@ impl Shared {
     }
 
     fn failure_at(&self, op: String, seq: u64) -> Failure {
-        Failure { op, seq, print: String::new(), elapsed: Duration::ZERO, text: String::new() }
+        let (print, text) = (String::new(), String::new());
+        Failure { op, seq, print, elapsed: Duration::ZERO, text, suspect: None }
     }
 }
 

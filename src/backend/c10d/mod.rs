@@ -1,7 +1,7 @@
 //! libtorch's own engines, Gloo and NCCL, behind one adapter.
 //!
 //! Both are `c10d::Backend`s. [`engine`] turns calls into operations on flat tensors ([`flat`], [`ops`],
-//! [`combine`]), [`messages`] those from rank to rank ([`own`] to oneself, [`listeners`] from any rank), and their ends
+//! [`combine`]), [`messages`] those from rank to rank ([`own`] to oneself, [`listeners`] and [`peers`] from any rank), and their ends
 //! into completions; on devices [`lookout`] waits for the ends. [`sentry`] notices ranks that called different things,
 //! and [`inquest`] finds out, through the store, what a failure was, for these engines know addresses, not ranks. Worlds
 //! can be shared with Python: the keys on the wire, the order of construction and the operations are PyTorch's, with one
@@ -22,6 +22,7 @@ mod messages;
 mod nccl;
 mod ops;
 mod own;
+mod peers;
 mod sentry;
 mod waiters;
 

@@ -5,6 +5,9 @@
 //!   (`src/libtorch/c10d/nccl.cpp`); [`lookout`](super::lookout) watches the time and aborts.
 //! * Copies that go with an operation, into one buffer and out of it, run on a stream of their own, beside the program's.
 //! * Messages always go as a batch: the Python side of one is `batch_isend_irecv`, not `send`.
+//! * A group of ranks that named their devices is connected anew for a sub-group, unless
+//!   [`split_communicator`](crate::GroupOptions::split_communicator) is asked for. PyTorch splits the communicator then, by
+//!   colours of its own: where sub-groups are shared with Python, neither side names a device.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -74,13 +77,18 @@ pub(crate) fn create(context: BackendContext, placement: Placement) -> Result<Ar
 
 /// The engine of some ranks of an NCCL group, whose communicator is split off the group's instead of connected anew.
 /// Every rank of the group calls it; `members` are ranks of it, and `context` is there where this rank is one of them.
-/// `None` where this rank is none, or where the group has no NCCL engine.
+/// `None` where this rank is none, or where there is nothing to split: the group has no NCCL engine, or its ranks named
+/// no devices.
 pub(crate) fn split(
     parent: &dyn CollectiveBackend,
     members: &[usize],
     context: Option<BackendContext>,
     placement: Placement,
 ) -> Result<Option<Arc<dyn CollectiveBackend>>> {
+    // Communicators of ranks that named no device may not be there yet, on any of them.
+    if placement.device.is_none() {
+        return Ok(None);
+    }
     let Some(parent) = parent.as_any().and_then(|any| any.downcast_ref::<Engine>()) else { return Ok(None) };
     let failed = |text: String| Error::Rendezvous { reason: format!("nccl could not split a group: {text}") };
     let Some(BackendContext { store, rank, size, ranks, timeout, group_name }) = context else {

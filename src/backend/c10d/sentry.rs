@@ -1,10 +1,10 @@
-//! Finds ranks that called different things long before a timeout. Gloo's ranks then wait for one another, and no
+//! Finds ranks that called different things long before a timeout. The ranks then wait for one another, and no
 //! message tells them why. So a rank whose collective takes more than a second writes down, in the store, which it is,
 //! and reads what its two neighbours wrote. Where two differ at the same number, connections are cut: every rank's call
 //! fails, and the inquest finds the odd one. What is quick writes nothing.
 //!
-//! A receive from any rank hears nothing of connections that close: where one takes long, the sentry reads whether another
-//! rank has failed.
+//! A receive from any rank hears nothing of connections that close, and an operation of NCCL nothing of a rank that
+//! aborts: where one takes long, the sentry reads whether another rank has failed, and has [`peers`](super::peers) watched.
 //!
 //! Keys, under the group's own: `tchd/at/RANK`, the number and the print of the collective that a rank is stuck in.
 
@@ -52,8 +52,8 @@ fn stand() {
             groups.0.iter().filter_map(Weak::upgrade).collect()
         };
         for group in alive {
-            let (stuck, listens) = (group.stuck(QUICK), group.listeners.wait_for_long(QUICK));
-            if stuck.is_none() && !listens || group.asking.swap(true, Ordering::AcqRel) {
+            let (stuck, waits) = (group.stuck(QUICK), group.waits_for_long(QUICK));
+            if stuck.is_none() && !waits || group.asking.swap(true, Ordering::AcqRel) {
                 continue;
             }
             // Its store may be slow, or gone.
@@ -63,8 +63,11 @@ fn stand() {
                 {
                     tracing::debug!("ranks called different things at number {seq}");
                     group.cut();
-                } else if listens && group.witness.is_over() {
-                    group.cut();
+                } else if waits {
+                    group.watch_peers();
+                    if group.witness.is_over() {
+                        group.cut();
+                    }
                 }
                 group.asking.store(false, Ordering::Release);
             });

@@ -31,6 +31,10 @@ void keep_the_process_alive() {
   for (const char* name : off) {
     c10::utils::set_env(name, "0", /*overwrite=*/false);
   }
+  // Its watchdog sleeps four times this long after a failure, a minute as a rule, for the sake of dumps.
+  if (c10::utils::get_env("TORCH_NCCL_DUMP_ON_TIMEOUT") == "0") {
+    c10::utils::set_env("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", "0", /*overwrite=*/false);
+  }
   // torchrun gives every worker 1 here, which nobody asked for.
   if (c10::utils::has_env("TORCHELASTIC_RUN_ID") && c10::utils::get_env(ERROR_HANDLING) == "1") {
     c10::utils::set_env(ERROR_HANDLING, "0");
@@ -75,6 +79,7 @@ std::unique_ptr<C10dBackend> new_nccl(
   parts->backend = c10::make_intrusive<ProcessGroupNCCL>(
       store.parts().store, rank, static_cast<int>(ranks.size()), options);
   parts->backend->setSequenceNumberForGroup();
+  parts->device = bound;
   if (plan.eager) {
     parts->backend->setBoundDeviceId(bound);
     parts->backend->eagerConnectSingleDevice(bound);
@@ -98,10 +103,10 @@ std::unique_ptr<C10dBackend> split_nccl(
     return nullptr;
   }
   auto parts = std::make_unique<BackendParts>();
+  // It is connected: once more would be a second split, which the other ranks take no part in.
   parts->backend = std::move(child);
+  parts->device = bound;
   parts->backend->setBoundDeviceId(bound);
-  // The ranks that are not members have done their part of the split; it ends when members do theirs.
-  parts->backend->eagerConnectSingleDevice(bound);
   parts->backend->setSequenceNumberForGroup();
   return std::make_unique<C10dBackend>(std::move(parts));
 }

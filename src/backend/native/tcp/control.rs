@@ -129,7 +129,7 @@ impl SocketControl {
         if !after.failures.is_empty() {
             let mut state = self.state.lock();
             if self.listener.get().is_none() {
-                state.missed.extend(after.failures.drain(..));
+                state.missed.append(&mut after.failures);
             }
         }
         // A failure first: what ends because of it then finds the group failed.

@@ -15,11 +15,12 @@ mod probes;
 mod report;
 mod targets;
 mod training;
+mod wire;
 
 use std::collections::HashMap;
 use std::process::ExitCode;
 
-use self::cases::Case;
+use self::cases::{Case, Collective};
 use self::crew::{Crew, Engine};
 use self::options::Options;
 use self::probes::Probes;
@@ -52,12 +53,14 @@ struct Samples {
     all: Vec<f64>,
     /// The median over the floor of the same round.
     over_floor: Vec<f64>,
+    /// How much of the loopback's raw rate in the same round; of the engine over TCP only.
+    of_wire: Vec<f64>,
     wrong: u64,
 }
 
 fn run(options: &Options) -> Result<u64, String> {
     let mut rows = Vec::new();
-    for &world in &options.worlds {
+    for world in options.worlds() {
         let mut crews = Vec::new();
         for &engine in &options.engines {
             match Crew::start(engine, world, options.pin) {
@@ -71,7 +74,7 @@ fn run(options: &Options) -> Result<u64, String> {
             rows.extend(measure(&case, world, &mut crews, &probes, options)?);
         }
         // The targets of training are for two ranks.
-        for &model in options.models.iter().filter(|_| !options.targets || world == 2) {
+        for &model in options.models().iter().filter(|_| !options.targets || world == 2) {
             eprintln!("training {model}, {world} ranks");
             rows.extend(train(model, world, &mut crews, options)?);
         }
@@ -113,6 +116,8 @@ fn measure(
     }
     for round in 0..options.rounds {
         let floor = probes.floor(case);
+        let wire =
+            crews.iter().any(|c| of_wire(c.engine, case, world)).then(|| wire::micros(case.bytes)).flatten();
         // Whoever goes first finds colder caches: take turns at that too.
         let count = crews.len().max(1);
         for n in 0..crews.len() {
@@ -124,6 +129,9 @@ fn measure(
                     let middle = median(&times.micros);
                     samples.medians.push(middle);
                     samples.over_floor.push(middle / floor);
+                    if of_wire(crew.engine, case, world) {
+                        samples.of_wire.extend(wire.map(|wire| wire / middle));
+                    }
                     samples.all.extend(times.micros);
                     samples.wrong += times.wrong;
                 }
@@ -156,12 +164,19 @@ fn measure(
             Row {
                 ratio_gloo: gloo.as_ref().map(|gloo| over(gloo, &s.medians)),
                 ratio_model: model.as_ref().map(|model| over(&s.medians, model)),
+                ratio_wire: (!s.of_wire.is_empty()).then(|| median(&s.of_wire)),
                 ..Row::new(case, world, engine, median_us, p99_us, ratio_floor, s.wrong)
             }
         })
         .collect();
     rows.sort_by_key(|row| options.engines.iter().position(|e| e.names() == (row.engine, row.transport)));
     Ok(rows)
+}
+
+/// Whether the raw rate of one connection is what bounds this.
+fn of_wire(engine: Engine, case: &Case, world: usize) -> bool {
+    let sends_all = matches!(case.collective, Collective::AllReduce);
+    engine == Engine::Tcp && world == 2 && sends_all && case.bytes > 0
 }
 
 /// Steps of training on every engine, beside steps of the same ranks alone (and, for tensor-parallel layers, the

@@ -20,11 +20,18 @@ pub(crate) const PIN: &str = "TCH_DISTRIBUTED_BENCH_PIN";
 /// Says that tensors come from the engine.
 pub(crate) const ALLOCATE: &str = "TCH_DISTRIBUTED_BENCH_ALLOCATE";
 
-/// Keeps the calling rank on a core, where there are enough: as MPI's launchers do.
+/// Keeps the calling rank on a core if that was asked for.
 fn pin(rank: usize, world: usize) {
+    if std::env::var_os(PIN).is_some() {
+        pin_to(rank, world);
+    }
+}
+
+/// Keeps the calling thread on a core, where there are enough: as MPI's launchers do.
+pub(crate) fn pin_to(rank: usize, world: usize) {
     let Ok(allowed) = rustix::thread::sched_getaffinity(None) else { return };
     let cores: Vec<usize> = (0..rustix::thread::CpuSet::MAX_CPU).filter(|&c| allowed.is_set(c)).collect();
-    if std::env::var_os(PIN).is_some() && world <= cores.len() {
+    if world <= cores.len() {
         let mut own = rustix::thread::CpuSet::new();
         own.set(cores[rank]);
         // A rank that floats measures all the same.

@@ -26,6 +26,8 @@ pub(crate) struct Row {
     pub(crate) ratio_floor: f64,
     /// How many times the staged model of the same rounds; in the table only.
     pub(crate) ratio_model: Option<f64>,
+    /// How much of the loopback's raw rate in the same rounds; in the table only.
+    pub(crate) ratio_wire: Option<f64>,
     pub(crate) wrong: u64,
 }
 
@@ -56,6 +58,7 @@ impl Row {
             ratio_gloo: None,
             ratio_floor,
             ratio_model: None,
+            ratio_wire: None,
             wrong,
         }
     }
@@ -87,6 +90,7 @@ impl Row {
             ratio_gloo: steps.over_gloo,
             ratio_floor: median(&steps.over_alone),
             ratio_model: None,
+            ratio_wire: None,
             wrong: steps.wrong,
         }
     }
@@ -117,7 +121,7 @@ pub(crate) fn percentile(values: &[f64], part: f64) -> f64 {
 
 pub(crate) fn print(rows: &[Row]) {
     println!(
-        "{:<14} {:>10} {:>10} {:>5} {:>5} {:<20} {:>11} {:>11} {:>8} {:>8} {:>7} {:>7} {:>7} {:>5}",
+        "{:<14} {:>10} {:>10} {:>5} {:>5} {:<20} {:>11} {:>11} {:>8} {:>8} {:>7} {:>7} {:>7} {:>7} {:>5}",
         "collective",
         "bytes",
         "count",
@@ -131,6 +135,7 @@ pub(crate) fn print(rows: &[Row]) {
         "x gloo",
         "/ floor",
         "/ model",
+        "of wire",
         "wrong"
     );
     let mut before = None;
@@ -142,8 +147,9 @@ pub(crate) fn print(rows: &[Row]) {
         before = Some(this);
         let gloo = row.ratio_gloo.map_or_else(|| "-".to_owned(), |r| format!("{r:.1}"));
         let model = row.ratio_model.map_or_else(|| "-".to_owned(), |r| format!("{r:.2}"));
+        let wire = row.ratio_wire.map_or_else(|| "-".to_owned(), |r| format!("{r:.2}"));
         println!(
-            "{:<14} {:>10} {:>10} {:>5} {:>5} {:<20} {:>11.2} {:>11.2} {:>8.2} {:>8.2} {:>7} {:>7.2} {:>7} {:>5}",
+            "{:<14} {:>10} {:>10} {:>5} {:>5} {:<20} {:>11.2} {:>11.2} {:>8.2} {:>8.2} {:>7} {:>7.2} {:>7} {:>7} {:>5}",
             row.collective,
             row.bytes,
             row.count,
@@ -157,6 +163,7 @@ pub(crate) fn print(rows: &[Row]) {
             gloo,
             row.ratio_floor,
             model,
+            wire,
             row.wrong,
         );
     }

@@ -113,7 +113,13 @@ fn verdicts(rows: &[Row]) -> Vec<Verdict> {
                     add("times the floor", Some(row.ratio_floor), 2.0, true);
                 }
             }
-            ("tcp", "all_reduce") => add(OVER_GLOO, gloo, 1.0, false),
+            ("tcp", "all_reduce") => {
+                add(OVER_GLOO, gloo, 1.0, false);
+                if row.bytes >= 16 * MIB {
+                    add("of the loopback's raw rate", row.ratio_wire, 0.85, false);
+                }
+            }
+            ("tcp", "send_recv") => add(OVER_GLOO, gloo, 1.0, false),
             ("shm", "ddp_mlp_25m") => add("times stepping alone", Some(row.ratio_floor), 1.10, true),
             ("shm", "ddp_gpt_10m") => add("times stepping alone", Some(row.ratio_floor), 1.03, true),
             ("shm", "tp_mlp") => add("times its parts", Some(row.ratio_floor), 1.0, true),

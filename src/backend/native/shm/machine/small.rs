@@ -1,5 +1,7 @@
 //! Small calls: all payloads came with their headers.
 
+use smallvec::SmallVec;
+
 use super::{Machine, copy_local};
 use crate::backend::native::kernels::Operand;
 use crate::backend::native::shm::Inner;
@@ -29,8 +31,19 @@ impl Machine<'_> {
         };
         let combine = |input: &Segment<'_>, output: &Segment<'_>, at: &dyn Fn(usize) -> usize| {
             let Some(reducer) = &self.reducer else { return };
-            let operand = |r| Operand { data: payload(r, at(r)), factor: self.factor(inner, r) };
-            let operands = Operands { reducer, rank, all: (0..ranks).map(operand).collect() };
+            // Where this rank's operand begins; a list says it for each of its runs.
+            let own = input.first().map_or(std::ptr::null(), |b| b.data_ptr().cast_const());
+            let data = |r| if r == rank { own } else { payload(r, at(r)) };
+            let operand = |r| Operand { data: data(r), factor: self.factor(inner, r) };
+            let all: SmallVec<[Operand; 8]> = (0..ranks).map(operand).collect();
+            // One tensor, as nearly always: a list of it would cost more than the rest.
+            if let ([from], [to]) = (&input[..], &output[..])
+                && from.bytes() == to.bytes()
+            {
+                // SAFETY: as above; a buffer is its own output or does not overlap it.
+                return unsafe { reducer.reduce(to.data_ptr(), &all, to.numel()) };
+            }
+            let operands = Operands { reducer, rank, all };
             let (input, output) = (List::new(input), List::new(output));
             // SAFETY: as above; a buffer is its own output or does not overlap it.
             unsafe { operands.combine((&input, whole(&input)), Some((&output, whole(&output))), None) };
@@ -40,10 +53,7 @@ impl Machine<'_> {
             Op::AllReduce(_) => combine(&outputs[0], &outputs[0], &|_| 0),
             Op::Reduce { dst, .. } if dst == rank => combine(&inputs[0], &outputs[0], &|_| 0),
             Op::ReduceScatter(_) => {
-                combine(&inputs[rank], &outputs[0], &|r| match r == rank {
-                    true => 0,
-                    false => self.size_for(inner, r, rank).0,
-                });
+                combine(&inputs[rank], &outputs[0], &|r| self.size_for(inner, r, rank).0);
             }
             Op::Broadcast { src } if src != rank => place(&outputs[0], src, 0),
             Op::Scatter { src } if src != rank => place(&outputs[0], src, self.size_for(inner, src, rank).0),

@@ -11,8 +11,18 @@ use crate::setup::root;
 
 /// cargo in the repository, with libtorch as the record says.
 pub(crate) fn cargo() -> Command {
+    in_the_repository(Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into())))
+}
+
+/// The same of a nightly beside this toolchain.
+pub(crate) fn nightly() -> Command {
+    let mut rustup = Command::new("rustup");
+    rustup.args(["run", "nightly", "cargo"]);
+    in_the_repository(rustup)
+}
+
+fn in_the_repository(mut cargo: Command) -> Command {
     let root = root();
-    let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     cargo.current_dir(&root);
     // cargo gave us the record's values. It gives them to our children again, and they are not to look like the user's
     // own, or torch-sys would be compiled anew.

@@ -18,7 +18,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::cargo::cargo;
+use crate::cargo::{cargo, nightly};
 use crate::setup::{self, root};
 
 pub(crate) const ABOUT: &str = "\
@@ -68,7 +68,7 @@ const TOOLS: &[Tool] = &[
         run: free_valgrind,
     },
     Tool { name: "address", about: "AddressSanitizer on the conformance suite", run: address },
-    Tool { name: "thread", about: "ThreadSanitizer on the conformance suite", run: thread },
+    Tool { name: "thread", about: "ThreadSanitizer in the crate and on the conformance suite", run: thread },
 ];
 
 /// How a tool's run ended.
@@ -191,22 +191,17 @@ fn thread(tests: &[String]) -> Result<Outcome> {
     count(&mut command)
 }
 
-/// The cargo of a nightly beside this toolchain.
-fn nightly() -> Command {
-    let mut command = Command::new("rustup");
-    command.current_dir(root()).args(["run", "nightly", "cargo"]);
-    command
-}
-
 /// Tests as they are built for a tool.
 fn built_for(tool: &str, flags: &str) -> Command {
-    tests_for(cargo(), tool, flags)
+    let mut command = tests_for(cargo(), tool, flags);
+    command.env("RUSTC_BOOTSTRAP", "1");
+    command
 }
 
 /// The same, with a cargo of our choice.
 fn tests_for(mut command: Command, tool: &str, flags: &str) -> Command {
     command.args(["test", "--target", TARGET, "--target-dir"]).arg(folder(tool));
-    command.env("RUSTC_BOOTSTRAP", "1").env("RUSTFLAGS", flags);
+    command.env("RUSTFLAGS", flags);
     // Everything is slower here.
     command.env("TCH_DISTRIBUTED_TEST_TIMEOUT", "900");
     command

@@ -17,6 +17,11 @@ const AGAIN: Duration = Duration::from_millis(20);
 /// How many times as long who has withdrawn a message may take to say why: it may have to ask first.
 const WITHDRAWN: u32 = 4;
 
+/// Where a call has waited for long in vain, others have this part of that time to answer: a rank of a busy machine
+/// is not to be taken for one that is gone. So many times as long as else at most.
+const PART: u32 = 8;
+const MOST: u32 = 5;
+
 /// An investigation. Meanwhile a peer may tell the cause, which then counts.
 pub(crate) struct Diagnosis {
     finding: Error,
@@ -40,7 +45,11 @@ impl Diagnosis {
         let now = Instant::now();
         let examined = engine.examine();
         engine.control.ask(seq);
-        let grace = if matches!(finding, Error::Aborted) { GRACE * WITHDRAWN } else { GRACE };
+        let grace = match &finding {
+            Error::Aborted => GRACE * WITHDRAWN,
+            Error::Timeout { .. } => (now.duration_since(entered) / PART).clamp(GRACE, GRACE * MOST),
+            _ => GRACE,
+        };
         Self {
             finding,
             stamp,

@@ -2,6 +2,7 @@
 
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
@@ -165,9 +166,10 @@ fn a_rank_that_never_comes_is_named() {
 #[test]
 fn a_rank_that_stops_stepping_is_a_timeout_that_names_it() {
     let options = dist::InitOptions::new().timeout(Duration::from_secs(60));
+    let given_up = AtomicUsize::new(0);
     dist::testing::run_threads_on("native", options, 3, |group| {
         let vs = nn::VarStore::new(Device::Cpu);
-        let hurried = group.with_timeout(Duration::from_secs(1));
+        let hurried = group.with_timeout(Duration::from_secs(3));
         let ddp = DistributedDataParallel::new(Net::new(&vs), &vs, &hurried, DdpOptions::new()).unwrap();
         let step = || {
             let (input, target) = batch(0, 8, Kind::Float);
@@ -176,11 +178,15 @@ fn a_rank_that_stops_stepping_is_a_timeout_that_names_it() {
         step().unwrap();
         if group.rank() == 1 {
             // Does something else, until the others have given up.
-            std::thread::sleep(Duration::from_secs(3));
+            while given_up.load(Ordering::SeqCst) < 2 {
+                std::thread::sleep(Duration::from_millis(5));
+            }
             assert!(step().is_err());
             return;
         }
-        match step().unwrap_err() {
+        let error = step().unwrap_err();
+        given_up.fetch_add(1, Ordering::SeqCst);
+        match error {
             dist::Error::Timeout { missing, .. } => assert_eq!(missing, [1]),
             dist::Error::Poisoned { cause } => assert!(matches!(*cause, dist::Error::Timeout { .. })),
             other => panic!("{other}"),

@@ -1,6 +1,6 @@
 //! Gloo among ranks that are threads, over one store.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Barrier};
 use std::thread;
@@ -39,6 +39,13 @@ fn ranks<T: Send>(size: usize, body: impl Fn(usize, Arc<dyn CollectiveBackend>) 
             (0..size).map(|rank| scope.spawn(move || body(rank, gloo(store, rank, size, SECONDS)))).collect();
         threads.into_iter().map(|thread| thread.join().unwrap()).collect()
     })
+}
+
+/// Waits until so many ranks have come to an end of what they do.
+fn wait_for(ended: &AtomicUsize, count: usize) {
+    while ended.load(Ordering::SeqCst) < count {
+        thread::sleep(Duration::from_millis(5));
+    }
 }
 
 fn segments(tensors: &[&Tensor]) -> Segments<'static> {
@@ -307,16 +314,18 @@ fn a_message_to_oneself_that_nobody_receives_times_out() {
 
 #[test]
 fn a_rank_that_does_not_come_is_named_and_the_group_is_unusable_after() {
+    let ended = AtomicUsize::new(0);
     let errors = ranks(3, |rank, gloo| {
         if rank == 1 {
-            thread::sleep(Duration::from_millis(3000));
+            wait_for(&ended, 2);
             return None;
         }
         let mut late = call(Op::AllReduce(ReduceOp::Sum), Kind::Float, &[], &[&f32s(&[1.0])]);
-        late.timeout = Duration::from_millis(300);
+        late.timeout = Duration::from_millis(1500);
         let error = gloo.run(late).unwrap_err();
         let after = gloo.run(call(Op::Barrier, Kind::Uint8, &[], &[])).unwrap_err();
         assert!(matches!(after, Error::Poisoned { .. }), "{after}");
+        ended.fetch_add(1, Ordering::SeqCst);
         Some(error)
     });
     for error in errors.into_iter().flatten() {
@@ -394,7 +403,7 @@ fn a_timeout_is_told_and_the_group_closed_though_the_store_answers_nothing() {
         let (tx, rx) = channel();
         let done = Completion::from_fn(move |result| drop(tx.send(result)));
         let mut late = call(Op::AllReduce(ReduceOp::Sum), Kind::Float, &[], &[&f32s(&[1.0])]);
-        late.timeout = Duration::from_millis(300);
+        late.timeout = Duration::from_millis(1500);
         gloo.submit(late, done);
         let error = rx.recv_timeout(SECONDS * 2);
         let closed = gloo.shutdown(Duration::from_millis(300));
@@ -423,6 +432,7 @@ fn a_rank_that_leaves_is_named() {
 
 #[test]
 fn an_abort_ends_what_is_pending_on_every_rank() {
+    let ended = AtomicUsize::new(0);
     let errors = ranks(3, |rank, gloo| {
         if rank == 0 {
             thread::sleep(Duration::from_millis(200));
@@ -430,10 +440,13 @@ fn an_abort_ends_what_is_pending_on_every_rank() {
             let error = gloo.run(call(Op::Barrier, Kind::Uint8, &[], &[])).unwrap_err();
             assert!(matches!(error, Error::Poisoned { .. }), "{error}");
             // What others wait for from this rank must be answered while it is still here.
-            thread::sleep(Duration::from_millis(1500));
+            wait_for(&ended, 2);
             return None;
         }
-        Some(gloo.run(call(Op::AllReduce(ReduceOp::Sum), Kind::Float, &[], &[&f32s(&[1.0])])).unwrap_err())
+        let all_reduce = call(Op::AllReduce(ReduceOp::Sum), Kind::Float, &[], &[&f32s(&[1.0])]);
+        let error = gloo.run(all_reduce).unwrap_err();
+        ended.fetch_add(1, Ordering::SeqCst);
+        Some(error)
     });
     for error in errors.into_iter().flatten() {
         assert!(matches!(error, Error::Aborted), "{error:?}");

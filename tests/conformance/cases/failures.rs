@@ -130,7 +130,7 @@ fn the_ranks_that_agree_name_the_odd_one(group: &ProcessGroup) {
 }
 
 fn a_rank_that_does_not_come_is_named_by_the_timeout(group: &ProcessGroup) {
-    let own = own_group(group, Duration::from_millis(400));
+    let own = own_group(group, Duration::from_secs(20)).with_timeout(Duration::from_millis(1500));
     if group.rank() != 1 {
         let error = own.all_reduce(&mut numbers(&[1]), ReduceOp::Sum).unwrap_err();
         match root_cause(&error) {
@@ -140,8 +140,10 @@ fn a_rank_that_does_not_come_is_named_by_the_timeout(group: &ProcessGroup) {
             other => panic!("rank {}: {other:?}", group.rank()),
         }
         assert!(error.to_string().contains("rank 1 did not arrive"), "{error}");
+        group.barrier().unwrap();
     } else {
-        std::thread::sleep(Duration::from_millis(1200));
+        // The others have given up by then.
+        group.barrier().unwrap();
         let error = own.all_reduce(&mut numbers(&[1]), ReduceOp::Sum).unwrap_err();
         assert!(matches!(root_cause(&error), Error::Timeout { .. }), "the late rank learns of it: {error:?}");
     }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use tch::{Device, Kind, Tensor};
-use tch_distributed::{Error, GroupOptions, P2pOp, ProcessGroup, ReduceOp, Work};
+use tch_distributed::{Error, P2pOp, ProcessGroup, ReduceOp, Work};
 
 use super::{list, numbers, read, room};
 
@@ -209,8 +209,7 @@ fn a_barrier_that_one_rank_misses_times_out_with_its_name(group: &ProcessGroup) 
         return; // names the first it waited for
     }
     let all: Vec<usize> = (0..group.size()).collect();
-    let options = GroupOptions::new().timeout(Duration::from_millis(400));
-    let own = group.new_group_with(&all, options).unwrap().unwrap();
+    let own = group.new_group(&all).unwrap().unwrap().with_timeout(Duration::from_millis(1500));
     let last = group.size() - 1;
     if group.rank() != last {
         match own.barrier().unwrap_err() {

@@ -13,10 +13,17 @@ fn tensor(len: i64) -> Tensor {
     Tensor::ones([len], (Kind::Float, Device::Cpu))
 }
 
+/// Waits until the others have given up.
+fn comes_too_late(rank: &Rank) {
+    while rank.backend.failure().is_none() {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
 fn a_rank_that_never_comes_is_named_by_the_timeout_of_all_others() {
     let errors = ranks(3, |rank| {
         if rank.rank == 2 {
-            std::thread::sleep(Duration::from_millis(1500));
+            comes_too_late(&rank);
             return rank.barrier().unwrap_err();
         }
         let call = Call {
@@ -24,7 +31,7 @@ fn a_rank_that_never_comes_is_named_by_the_timeout_of_all_others() {
             kind: Kind::Float,
             inputs: none(),
             outputs: segments(&[tensor(100)]),
-            timeout: Duration::from_millis(300),
+            timeout: Duration::from_millis(1500),
         };
         rank.backend.run(call).unwrap_err()
     });
@@ -37,7 +44,7 @@ fn a_rank_that_never_comes_is_named_by_the_timeout_of_all_others() {
 fn an_asynchronous_call_times_out_too() {
     let errors = ranks(2, |rank| {
         if rank.rank == 1 {
-            std::thread::sleep(Duration::from_millis(1200));
+            comes_too_late(&rank);
             return rank.barrier().unwrap_err();
         }
         let mut call = Rank::call(Op::Barrier, Kind::Float, none(), none());
@@ -55,9 +62,7 @@ fn barrier_within(timeout: Duration) -> Call<'static> {
 fn calls_queued_behind_one_another_all_name_the_rank_that_never_came() {
     let errors = ranks(2, |rank| {
         if rank.rank == 1 {
-            while rank.backend.failure().is_none() {
-                std::thread::sleep(Duration::from_millis(5));
-            }
+            comes_too_late(&rank);
             return vec![];
         }
         let pending: Vec<_> =
@@ -73,9 +78,7 @@ fn calls_queued_behind_one_another_all_name_the_rank_that_never_came() {
 fn a_call_that_is_late_behind_a_patient_one_names_whom_that_one_waits_for() {
     let errors = ranks(2, |rank| {
         if rank.rank == 1 {
-            while rank.backend.failure().is_none() {
-                std::thread::sleep(Duration::from_millis(5));
-            }
+            comes_too_late(&rank);
             return vec![];
         }
         std::thread::scope(|scope| {

@@ -57,7 +57,7 @@ fn assemble(formation: Formation) -> Result<ProcessGroup> {
         // Who agrees with the first waits for this rank. For a world it may still come, with the right arguments.
         for device in ["cpu", "cuda"].into_iter().filter(|_| !formation.world) {
             let store = PrefixStore::new(format!("{device}/"), formation.store.clone());
-            native::give_up(&store, formation.rank, &error);
+            native::give_up(&store, formation.ranks[formation.rank], &error);
         }
         return Err(error);
     }
@@ -185,7 +185,7 @@ fn agree(formation: &Formation) -> Result<()> {
         ("debug_detail", formation.detail.to_string()),
     ];
     let mine = fields.iter().map(|(_, value)| value.as_str()).collect::<Vec<_>>().join("\n");
-    let mine = format!("{mine}\n{}", formation.rank);
+    let mine = format!("{mine}\n{}", formation.ranks[formation.rank]);
     let first = formation.store.compare_set(AGREEMENT, b"", mine.as_bytes())?;
     let first = String::from_utf8_lossy(&first);
     let theirs: Vec<&str> = first.split('\n').collect();

@@ -9,7 +9,8 @@
 #
 # NCCL names an NCCL of 2.30 or newer: with it, 2 and 4 ranks share one GPU (for correctness only).
 # Ends with 0 when all parts that were asked for are good, 1 when one failed, 2 when no part has such a name, 3 when
-# something that takes a GPU was not run. No part takes longer than ten minutes.
+# nothing could be run, or there is no GPU and a part that takes one was left out. Parts of 2 and 4 ranks that are left
+# out for want of an NCCL do not count. No part takes longer than ten minutes.
 set -uo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 python=${PYTHON:-python3}
@@ -24,6 +25,9 @@ bin=$here/libtorch-$version
 [ -d "$bin" ] || nothing "no programs were packed for torch $version; there is: $(cd "$here" && echo libtorch-*)"
 [ -e "$torch/lib/libtorch_cuda.so" ] || nothing "the torch of $python has no CUDA part, which these programs are linked with"
 mkdir -p "$out" || nothing "OUT=… names a folder that can be written to"
+# Logs of parts that are not run now stay, but not those of another torch.
+[ "$(cat "$out/torch" 2>/dev/null)" = "$version" ] || rm -f "$out"/*.log
+echo "$version" >"$out/torch"
 export LD_LIBRARY_PATH=$torch/lib GPU_TRACES=$out RUST_BACKTRACE=0
 for program in "$bin"/*; do
     lacks=$(LC_ALL=C ldd "$program" 2>/dev/null | grep 'not found') && nothing "$(basename "$program") does not load: $lacks"
@@ -101,7 +105,7 @@ done
 gpu_part timing-ours 540 "$bin/gpu" timing
 gpu_part timing-pytorch 540 "$python" "$here/beside.py"
 [ $((ran + left_out)) != 0 ] || { echo "no part has a name that begins with ${asked[*]}" >&2; exit 2; }
-echo "what they said is in $out"
+echo "what they said, and what parts that were not run now said before, is in $out"
 
 grep -hs '^ok\|^FAILED' "$out"/checks-*.log
 [ -s "$out/timing-ours.log" ] && [ -s "$out/timing-pytorch.log" ] && "$python" - "$out" <<'TABLE'

@@ -82,6 +82,8 @@ fn on(hosts: &Hosts, parts: &[&str]) -> Result<()> {
 /// What each node's ranks say of the others when the cable is cut.
 fn cut(hosts: &Hosts, programs: &Programs) -> Result<()> {
     let sign = env::temp_dir().join(format!("tchd-hosts-{}", process::id()));
+    // One of an earlier run with this number.
+    let _ = fs::remove_file(&sign);
     // Each run begins with other cases.
     let from = (process::id().wrapping_mul(997)).to_string();
     println!("TCHD_CONFORMANCE_FROM={from}");

@@ -92,7 +92,7 @@ impl Underway {
             Ok(()) => done.complete(keep().map(|source| Receipt { source })),
             Err(text) => {
                 drop(keep);
-                let suspect = failure.suspect.or_else(|| self.0.peers.gone());
+                let suspect = self.0.peers.gone().or(failure.suspect);
                 self.0.failed(Failure { text, suspect, ..failure }, done);
             }
         }
@@ -319,7 +319,8 @@ impl CollectiveBackend for Engine {
             }
         }
         drop(guard);
-        let (leaving, patience) = (shared.clone(), timeout.min(SETTLING));
+        let left = || deadline.map_or(timeout, |deadline| deadline.saturating_duration_since(Instant::now()));
+        let (leaving, patience) = (shared.clone(), left().min(SETTLING));
         if !patience.is_zero() {
             waiters::within(patience, move || {
                 leaving.witness.see_others_settled(patience);
@@ -330,7 +331,7 @@ impl CollectiveBackend for Engine {
         }
         if shared.leaves() && shared.pending.load(Ordering::Acquire) == 0 {
             let leaving = shared.clone();
-            waiters::within(timeout, move || leaving.leave());
+            waiters::within(left(), move || leaving.leave());
         }
         let own = shared.own.is_empty();
         shared.own.close(&Arc::new(Error::Aborted));

@@ -85,11 +85,13 @@ impl Shared {
         let absent = self.witness.absent();
         let own = self.witness.rank;
         for rank in (0..self.witness.size).filter(|rank| *rank != own && !absent.contains(rank)) {
-            let Ok(work) = self.listen_to(rank) else {
-                self.closed(rank);
-                continue;
+            let work = match self.listen_to(rank) {
+                Ok(work) => Arc::new(work),
+                Err(text) => {
+                    self.closed(rank, &text);
+                    continue;
+                }
             };
-            let work = Arc::new(work);
             if !self.peers.add(&work) {
                 return;
             }
@@ -97,8 +99,8 @@ impl Shared {
             waiters::run(move || {
                 let ended = work.wait(millis(Duration::MAX));
                 drop(work);
-                if let (Err(_), Some(shared)) = (ended, shared.upgrade()) {
-                    shared.closed(rank);
+                if let (Err(text), Some(shared)) = (ended, shared.upgrade()) {
+                    shared.closed(rank, &text);
                 }
             });
         }
@@ -113,7 +115,11 @@ impl Shared {
     }
 
     /// The connection to a rank has closed.
-    fn closed(&self, rank: usize) {
+    fn closed(&self, rank: usize, text: &str) {
+        // Gloo closes all connections of a rank where one of its operations times out: that says nothing of others.
+        if text.contains("Application timeout") {
+            return;
+        }
         // Where the store does not answer nobody knows whether the rank went in good order.
         if self.cause().is_none() && matches!(self.witness.has_left(rank), Ok(false)) && self.peers.lose(rank)
         {

@@ -43,7 +43,9 @@ fn ranks<T: Send>(size: usize, body: impl Fn(usize, Arc<dyn CollectiveBackend>) 
 
 /// Waits until so many ranks have come to an end of what they do.
 fn wait_for(ended: &AtomicUsize, count: usize) {
+    let until = Instant::now() + SECONDS * 3;
     while ended.load(Ordering::SeqCst) < count {
+        assert!(Instant::now() < until, "another rank does not come to its end");
         thread::sleep(Duration::from_millis(5));
     }
 }

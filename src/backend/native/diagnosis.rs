@@ -4,9 +4,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::cause::{Cause, lost, words_of_absence};
-use super::control::{Presence, Stranded};
+use super::control::{Overdue, Presence, Stranded};
 use super::engine::Engine;
-use super::ledger::Report;
+use super::ledger::{DEPTH, Report};
 use super::transport::Stamp;
 use crate::Error;
 
@@ -28,6 +28,7 @@ pub(crate) struct Diagnosis {
     stamp: Stamp,
     /// The number that is asked about.
     seq: u64,
+    about: About,
     entered: Instant,
     until: Instant,
     ask: Instant,
@@ -36,8 +37,33 @@ pub(crate) struct Diagnosis {
     _examined: Arc<()>,
 }
 
+/// What does not end.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum About {
+    Call,
+    /// A message, and the peer, where it is not any.
+    Message(Option<usize>),
+}
+
 impl Diagnosis {
+    /// Into why a call fails.
     pub(crate) fn new(engine: &Engine, finding: Error, stamp: Stamp, entered: Instant) -> Self {
+        Self::begin(engine, finding, stamp, entered, About::Call)
+    }
+
+    /// Into why a message takes so long.
+    pub(crate) fn of_message(engine: &Engine, overdue: Overdue, stamp: Stamp, now: Instant) -> Self {
+        let Overdue { what, elapsed, peer } = overdue;
+        let finding = Error::Timeout { op: what, seq: stamp.seq, elapsed, missing: Vec::new() };
+        Self::begin(engine, finding, stamp, now - elapsed, About::Message(peer))
+    }
+
+    /// Whether it is about a message, which may come meanwhile.
+    pub(crate) fn is_about_a_message(&self) -> bool {
+        self.about != About::Call
+    }
+
+    fn begin(engine: &Engine, finding: Error, stamp: Stamp, entered: Instant, about: About) -> Self {
         let seq = match &finding {
             Error::Desync { seq, .. } => *seq,
             _ => stamp.seq,
@@ -54,6 +80,7 @@ impl Diagnosis {
             finding,
             stamp,
             seq,
+            about,
             entered,
             until: now + grace,
             ask: now + AGAIN,
@@ -159,7 +186,7 @@ impl Diagnosis {
 
     /// Who has not come, once all that can have answered.
     fn missing(&self, engine: &Engine, late: bool, now: Instant) -> Option<Cause> {
-        let Error::Timeout { op, missing: peer, .. } = &self.finding else { return None };
+        let Error::Timeout { op, missing: unseen, .. } = &self.finding else { return None };
         let gone = |presence| match presence {
             // It has said itself how far it came.
             Presence::Left(calls) | Presence::Closed(calls) => {
@@ -172,12 +199,19 @@ impl Diagnosis {
         let mut reports: Vec<_> =
             reports.map(|(answer, presence)| answer.or_else(|| gone(presence))).collect();
         reports[engine.rank] = Some(engine.ledger.report(self.seq));
+        if !unseen.is_empty() {
+            // The transport has seen the others come: they need not answer.
+            let came = Report { completed: self.seq.saturating_sub(1), entered: self.seq, call: None };
+            for (_, report) in reports.iter_mut().enumerate().filter(|(rank, _)| !unseen.contains(rank)) {
+                report.get_or_insert(came);
+            }
+        }
         if !late && reports.iter().any(Option::is_none) {
             return None;
         }
-        let (call, missing) = match peer[..] {
-            [peer] => blame_for_message(peer, engine.rank, &reports),
-            _ => blame(self.seq, &reports),
+        let (call, missing) = match self.about {
+            About::Message(Some(peer)) => blame_for_message(peer, engine.rank, &reports),
+            About::Message(None) | About::Call => blame(self.seq, &reports),
         };
         let call = call.and_then(|seq| engine.ledger.call(seq).map(|call| (seq, call)));
         Some(Cause::Timeout {
@@ -200,10 +234,11 @@ fn not_in(seq: u64, reports: &[Option<Report>]) -> Vec<usize> {
 /// end: who keeps it from ending is to blame. Unless everybody has come to the earlier call, which then can end.
 fn blame(seq: u64, reports: &[Option<Report>]) -> (Option<u64>, Vec<usize>) {
     let first = reports.iter().flatten().filter_map(Report::under_way).fold(seq, u64::min);
-    match not_in(first, reports) {
-        missing if first < seq && !missing.is_empty() => (Some(first), missing),
-        _ => (None, not_in(seq, reports)),
-    }
+    // Nobody is further ahead of another than the ledger remembers.
+    let earlier = first.max(seq.saturating_sub(DEPTH as u64))..seq;
+    let stuck =
+        earlier.map(|call| (Some(call), not_in(call, reports))).find(|(_, missing)| !missing.is_empty());
+    stuck.unwrap_or_else(|| (None, not_in(seq, reports)))
 }
 
 /// The same for a message between `rank` and `peer`. The peer is to blame, unless it waits itself: in a call that
@@ -247,6 +282,12 @@ mod tests {
     #[test]
     fn a_rank_in_an_earlier_call_that_all_have_come_to_is_late_itself() {
         assert_eq!(blame(8, &[at(7, 8), at(6, 7), at(7, 8)]), (None, vec![1]));
+    }
+
+    #[test]
+    fn of_ranks_in_several_earlier_calls_who_keeps_the_first_that_cannot_end_is_to_blame() {
+        // All have come to call 6; rank 1 waits in call 7 for rank 2.
+        assert_eq!(blame(8, &[at(7, 8), at(6, 7), at(5, 6)]), (Some(7), vec![2]));
     }
 
     #[test]

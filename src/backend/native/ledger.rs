@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::transport::Stamp;
 
 /// How many calls back a rank can tell what it called.
-const DEPTH: usize = 64;
+pub(super) const DEPTH: usize = 64;
 
 /// The record of one rank's calls. Written under the engine's queue lock by one thread at a time, read
 /// by anyone at any time: an entry being overwritten reads as forgotten.

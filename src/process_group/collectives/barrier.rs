@@ -65,6 +65,12 @@ impl ProcessGroup {
         let here = |rank: usize| key(&rank.to_string());
         store.set(&here(self.rank()), b"here")?;
         let verdict = key("verdict");
+        // The first verdict counts for all: rank 0 may come just as others have given it up.
+        let decide = |missing: &[usize]| -> Result<Vec<usize>> {
+            let text = missing.iter().map(usize::to_string).collect::<Vec<_>>().join(",");
+            let text = store.compare_set(&verdict, b"", format!("missing:{text}").as_bytes())?;
+            Ok(ranks_of(&text))
+        };
         let missing = if self.rank() == 0 {
             let mut missing = Vec::new();
             for rank in 1..self.size() {
@@ -75,18 +81,14 @@ impl ProcessGroup {
                     }
                 }
             }
-            let text = missing.iter().map(usize::to_string).collect::<Vec<_>>().join(",");
-            store.set(&verdict, format!("missing:{text}").as_bytes())?;
-            missing
+            decide(&missing)?
         } else {
             // Rank 0 decides within its own timeout, which begins when it comes.
             let patience = timeout.saturating_add(timeout / 4).saturating_add(Duration::from_secs(1));
             if came(&**store, &here(0), patience)? && came(&**store, &verdict, patience)? {
-                let text = String::from_utf8_lossy(&store.get(&verdict)?).into_owned();
-                let ranks = text.trim_start_matches("missing:").split(',');
-                ranks.filter_map(|rank| rank.parse().ok()).collect()
+                ranks_of(&store.get(&verdict)?)
             } else {
-                vec![0]
+                decide(&[0])?
             }
         };
         if missing.is_empty() {
@@ -135,6 +137,12 @@ impl ProcessGroup {
     }
 }
 
+/// The ranks that a verdict names.
+fn ranks_of(verdict: &[u8]) -> Vec<usize> {
+    let text = String::from_utf8_lossy(verdict);
+    text.trim_start_matches("missing:").split(',').filter_map(|rank| rank.parse().ok()).collect()
+}
+
 /// Whether a key is there within a time. A store that is gone is an error, and no missing rank.
 fn came(store: &dyn Store, key: &str, left: Duration) -> Result<bool> {
     // Once the time is up a look is enough; after a wait that failed it tells why.
@@ -151,11 +159,34 @@ mod tests {
 
     #[test]
     fn all_ranks_that_come_to_a_monitored_barrier_name_the_one_that_does_not() {
+        let both = std::sync::Barrier::new(2);
         let errors = testing::run_threads(3, |group| {
-            (group.rank() != 2).then(|| group.monitored_barrier(Duration::from_secs(3), true).unwrap_err())
+            (group.rank() != 2).then(|| {
+                both.wait();
+                group.monitored_barrier(Duration::from_secs(3), true).unwrap_err()
+            })
         });
         for error in errors.into_iter().flatten() {
             assert!(matches!(&error, Error::Timeout { missing, .. } if missing == &[2]), "{error}");
+        }
+    }
+
+    #[test]
+    fn rank_0_that_comes_when_it_was_given_up_is_told_so_as_well() {
+        let given_up = std::sync::Barrier::new(2);
+        let errors = testing::run_threads(2, |group| {
+            if group.rank() == 0 {
+                given_up.wait();
+            }
+            let error = group.monitored_barrier(Duration::from_millis(100), true).unwrap_err();
+            if group.rank() == 1 {
+                given_up.wait();
+            }
+            error
+        });
+        for error in errors {
+            let root = if let Error::Poisoned { cause } = &error { cause } else { &error };
+            assert!(matches!(root, Error::Timeout { missing, .. } if missing == &[0]), "{error}");
         }
     }
 

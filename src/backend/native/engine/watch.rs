@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use super::{ABSENT, CLOSED, Engine, FAILED, LOOK, Pending, far, timed_out};
 use crate::Error;
 use crate::backend::native::cause::Cause;
-use crate::backend::native::control::{Listener, Overdue, Presence};
+use crate::backend::native::control::{Listener, Presence};
 use crate::backend::native::diagnosis::Diagnosis;
 use crate::backend::native::progress;
 
@@ -45,6 +45,12 @@ impl Engine {
     pub(super) fn watch_pending(&self, now: Instant) -> Option<Instant> {
         let soon = now + Duration::from_millis(1);
         let mut diagnosis = self.overdue.lock();
+        if diagnosis.as_ref().is_some_and(Diagnosis::is_about_a_message)
+            && self.control.overdue(now).is_none()
+        {
+            // It has come meanwhile.
+            *diagnosis = None;
+        }
         if let Some(diagnosis) = &mut *diagnosis {
             return diagnosis.advance(self).is_none().then_some(soon);
         }
@@ -121,13 +127,11 @@ impl Engine {
         let next = self.control.deadline().unwrap_or_else(|| far(now)).min(now + LOOK);
         *look = Some(next);
         drop(look);
-        if let Some(Overdue { what, elapsed, peer }) = self.control.overdue(now)
+        if let Some(overdue) = self.control.overdue(now)
             && !self.examined()
         {
             let stamp = self.stamp_of(self.ledger.entered());
-            let missing = peer.into_iter().collect();
-            let finding = Error::Timeout { op: what, seq: stamp.seq, elapsed, missing };
-            *self.overdue.lock() = Some(Diagnosis::new(self, finding, stamp, now - elapsed));
+            *self.overdue.lock() = Some(Diagnosis::of_message(self, overdue, stamp, now));
         }
         Some(next.max(now + Duration::from_millis(1)))
     }

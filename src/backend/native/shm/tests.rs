@@ -285,11 +285,13 @@ fn a_message_of_another_size_than_expected_is_told_not_taken() {
 #[test]
 fn a_rank_that_does_not_come_is_missed_by_name() {
     let group = group(3, 4096);
+    let both = std::sync::Barrier::new(2);
     let results = on_all(&group[..2], |me, rank| {
         let call = call(Op::Barrier, Kind::Float, &[], &[], 0);
         let stamp = Stamp { seq: 9, fingerprint: fingerprint(&call) };
         assert!(me < 2);
-        rank.run_inline(call, stamp, &Deadline::after(Duration::from_millis(60))).unwrap_err()
+        both.wait();
+        rank.run_inline(call, stamp, &Deadline::after(Duration::from_secs(1))).unwrap_err()
     });
     for error in results {
         let Error::Timeout { seq: 9, missing, .. } = &error else { panic!("{error}") };

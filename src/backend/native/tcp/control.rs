@@ -501,6 +501,11 @@ mod tests {
         }
         let heard = Heard::new();
         late.attach(heard.listener());
+        // Whoever has read the note may be just about to tell.
+        while heard.causes().is_empty() {
+            assert!(Instant::now() < until, "the failure is not told");
+            std::thread::yield_now();
+        }
         assert_eq!(heard.causes(), [Cause::Aborted]);
         teller.close(0);
         late.close(0);

@@ -21,11 +21,13 @@ fn comes_too_late(rank: &Rank) {
 }
 
 fn a_rank_that_never_comes_is_named_by_the_timeout_of_all_others() {
-    let errors = ranks(3, |rank| {
+    let both = std::sync::Barrier::new(2);
+    let errors = ranks(3, move |rank| {
         if rank.rank == 2 {
             comes_too_late(&rank);
             return rank.barrier().unwrap_err();
         }
+        both.wait();
         let call = Call {
             op: Op::AllReduce(ReduceOp::Sum),
             kind: Kind::Float,
@@ -207,15 +209,18 @@ fn a_rank_that_has_finished_may_go_before_the_others_have() {
 
 fn abort_from_another_thread_ends_what_is_pending_on_every_rank() {
     let started = Instant::now();
-    let errors = ranks(3, |rank| {
+    let both = std::sync::Barrier::new(3);
+    let errors = ranks(3, move |rank| {
         if rank.rank == 2 {
-            std::thread::sleep(Duration::from_millis(100));
+            both.wait();
             rank.backend.abort(&Arc::new(Error::Aborted));
             return (Error::Aborted, rank.barrier().unwrap_err());
         }
         let pending = rank.submit(Rank::call(Op::Barrier, Kind::Float, none(), none()));
         let message = rank.transfer(Direction::Recv { src: Some(2) }, 0, &tensor(3));
-        let blocked = rank.barrier().unwrap_err();
+        both.wait();
+        // Begun before the abort or after it.
+        let blocked = cause(rank.barrier().unwrap_err());
         assert!(matches!(pending.wait(), Err(Error::Aborted)));
         assert!(matches!(message.wait(), Err(Error::Aborted)));
         (blocked, rank.barrier().unwrap_err())

@@ -9,6 +9,8 @@
 //!
 //! A store of your own is one `impl Store`; `init_process_group` takes it with `InitOptions::store`.
 
+#[cfg(test)]
+pub(crate) mod around;
 mod file;
 mod hash;
 mod prefix;

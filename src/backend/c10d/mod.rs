@@ -1,8 +1,8 @@
 //! libtorch's own engines, Gloo and NCCL, behind one adapter.
 //!
 //! Both are `c10d::Backend`s. [`engine`] turns calls into operations on flat tensors ([`flat`], [`ops`],
-//! [`combine`]), [`messages`] those from rank to rank ([`own`] to oneself, [`listeners`] and [`peers`] from any rank), and their ends
-//! into completions; on devices [`lookout`] waits for the ends. [`sentry`] notices ranks that called different things,
+//! [`combine`]), [`messages`] those from rank to rank ([`own`] to oneself, [`listeners`] and [`peers`] from any rank), and
+//! their ends into completions; on devices [`lookout`] waits for the ends. [`sentry`] notices ranks that called different things,
 //! and [`inquest`] finds out, through the store, what a failure was, for these engines know addresses, not ranks. Worlds
 //! can be shared with Python: the keys on the wire, the order of construction and the operations are PyTorch's, with one
 //! exception: PyTorch's Gloo has another way over the wire for `reduce_scatter` of lists, so that only

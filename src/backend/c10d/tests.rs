@@ -13,6 +13,7 @@ use super::create_gloo;
 use crate::backend::{
     BackendContext, Buffer, Call, CollectiveBackend, Completion, Direction, Op, Receipt, Segments, Transfer,
 };
+use crate::store::around::{Altered, Around};
 use crate::store::{HashStore, Store};
 use crate::{Error, ReduceOp, Result};
 
@@ -342,8 +343,8 @@ struct Unreachable {
     gone: AtomicBool,
 }
 
-impl Unreachable {
-    fn there(&self) -> &HashStore {
+impl Around for Unreachable {
+    fn below(&self) -> &dyn Store {
         while self.gone.load(Ordering::Relaxed) {
             thread::sleep(Duration::from_millis(20));
         }
@@ -351,45 +352,9 @@ impl Unreachable {
     }
 }
 
-impl Store for Unreachable {
-    fn set(&self, key: &str, value: &[u8]) -> Result<()> {
-        self.there().set(key, value)
-    }
-    fn get(&self, key: &str) -> Result<Vec<u8>> {
-        self.there().get(key)
-    }
-    fn add(&self, key: &str, amount: i64) -> Result<i64> {
-        self.there().add(key, amount)
-    }
-    fn compare_set(&self, key: &str, expected: &[u8], desired: &[u8]) -> Result<Vec<u8>> {
-        self.there().compare_set(key, expected, desired)
-    }
-    fn check(&self, keys: &[&str]) -> Result<bool> {
-        self.there().check(keys)
-    }
-    fn wait(&self, keys: &[&str], timeout: Duration) -> Result<()> {
-        self.there().wait(keys, timeout)
-    }
-    fn delete(&self, key: &str) -> Result<bool> {
-        self.there().delete(key)
-    }
-    fn num_keys(&self) -> Result<usize> {
-        self.there().num_keys()
-    }
-    fn append(&self, key: &str, value: &[u8]) -> Result<()> {
-        self.there().append(key, value)
-    }
-    fn timeout(&self) -> Duration {
-        self.store.timeout()
-    }
-    fn set_timeout(&self, timeout: Duration) {
-        self.store.set_timeout(timeout);
-    }
-}
-
 #[test]
 fn a_timeout_is_told_and_the_group_closed_though_the_store_answers_nothing() {
-    let store = Arc::new(Unreachable::default());
+    let store = Arc::new(Altered::<Unreachable>::default());
     let both = Barrier::new(2);
     let error = thread::scope(|scope| {
         let (store, both) = (&store, &both);
@@ -401,7 +366,7 @@ fn a_timeout_is_told_and_the_group_closed_though_the_store_answers_nothing() {
         });
         let gloo = gloo(store, 0, 2, SECONDS);
         both.wait();
-        store.gone.store(true, Ordering::Relaxed);
+        store.0.gone.store(true, Ordering::Relaxed);
         let (tx, rx) = channel();
         let done = Completion::from_fn(move |result| drop(tx.send(result)));
         let mut late = call(Op::AllReduce(ReduceOp::Sum), Kind::Float, &[], &[&f32s(&[1.0])]);
@@ -409,7 +374,7 @@ fn a_timeout_is_told_and_the_group_closed_though_the_store_answers_nothing() {
         gloo.submit(late, done);
         let error = rx.recv_timeout(SECONDS * 2);
         let closed = gloo.shutdown(Duration::from_millis(300));
-        store.gone.store(false, Ordering::Relaxed);
+        store.0.gone.store(false, Ordering::Relaxed);
         both.wait();
         other.join().unwrap();
         closed.unwrap();
@@ -479,39 +444,12 @@ fn an_abort_ends_receives_from_any_rank_on_every_rank() {
 /// A store to which a rank cannot say that it leaves in good order: to the others it looks like one that crashed.
 struct Speechless(Arc<HashStore>);
 
-impl Store for Speechless {
-    fn set(&self, key: &str, value: &[u8]) -> Result<()> {
-        if key.starts_with("tchd/left/") { Ok(()) } else { self.0.set(key, value) }
+impl Around for Speechless {
+    fn below(&self) -> &dyn Store {
+        &*self.0
     }
-    fn get(&self, key: &str) -> Result<Vec<u8>> {
-        self.0.get(key)
-    }
-    fn add(&self, key: &str, amount: i64) -> Result<i64> {
-        self.0.add(key, amount)
-    }
-    fn compare_set(&self, key: &str, expected: &[u8], desired: &[u8]) -> Result<Vec<u8>> {
-        self.0.compare_set(key, expected, desired)
-    }
-    fn check(&self, keys: &[&str]) -> Result<bool> {
-        self.0.check(keys)
-    }
-    fn wait(&self, keys: &[&str], timeout: Duration) -> Result<()> {
-        self.0.wait(keys, timeout)
-    }
-    fn delete(&self, key: &str) -> Result<bool> {
-        self.0.delete(key)
-    }
-    fn num_keys(&self) -> Result<usize> {
-        self.0.num_keys()
-    }
-    fn append(&self, key: &str, value: &[u8]) -> Result<()> {
-        self.0.append(key, value)
-    }
-    fn timeout(&self) -> Duration {
-        self.0.timeout()
-    }
-    fn set_timeout(&self, timeout: Duration) {
-        self.0.set_timeout(timeout);
+    fn lets_through(&self, key: &str) -> bool {
+        !key.starts_with("tchd/left/")
     }
 }
 
@@ -520,7 +458,8 @@ fn a_receive_from_any_rank_ends_with_the_name_of_a_rank_that_goes_without_a_word
     let store = Arc::new(HashStore::new());
     let error = thread::scope(|scope| {
         let store = &store;
-        let crashes = scope.spawn(move || drop(gloo(&Arc::new(Speechless(store.clone())), 2, 3, SECONDS)));
+        let crashes =
+            scope.spawn(move || drop(gloo(&Arc::new(Altered(Speechless(store.clone()))), 2, 3, SECONDS)));
         let (over, idle) = channel::<()>();
         let idles = scope.spawn(move || {
             let gloo = gloo(store, 1, 3, SECONDS);

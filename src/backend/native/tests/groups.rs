@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use tch::{Device, Kind, Tensor};
 
 use super::links::port_of;
-use super::{Altered, Rank, TRANSPORT, context, none, options, ranks, segments};
+use super::{Rank, TRANSPORT, altered, context, none, options, ranks, segments};
 use crate::backend::native::Options;
 use crate::backend::{CollectiveBackend, Op};
 use crate::store::{HashStore, PrefixStore, Store};
@@ -139,12 +139,12 @@ fn strangers_at_the_address_are_turned_away_and_do_no_harm() {
         };
         // Rank 1 says hello, so that rank 0 goes on to listen, but calls late.
         let second = {
-            let late: Arc<dyn Store> = Arc::new(Altered(store.clone(), |key: &str, value| {
+            let late = altered(store.clone(), |key, value| {
                 if !key.contains("hello") {
                     std::thread::sleep(Duration::from_millis(500));
                 }
                 value
-            }));
+            });
             std::thread::spawn(move || make(&late, 1, 2, transport))
         };
         let address = address_of_rank_0(&store, transport);

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use tch::{Device, Kind, Tensor};
 
-use super::{Altered, Rank, context, none, options, segments};
+use super::{Rank, altered, context, none, options, segments};
 use crate::backend::{Call, Direction, Op};
 use crate::store::{HashStore, Store};
 use crate::{Error, ReduceOp};
@@ -81,7 +81,7 @@ fn pair<T: Send + 'static>(body: fn(Rank, &Between) -> T) -> Vec<T> {
             _ => value,
         }
     };
-    let stores: [Arc<dyn Store>; 2] = [store.clone(), Arc::new(Altered(store, detour))];
+    let stores: [Arc<dyn Store>; 2] = [store.clone(), altered(store, detour)];
     let ranks: Vec<_> = stores
         .into_iter()
         .enumerate()

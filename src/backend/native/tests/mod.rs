@@ -45,6 +45,7 @@ use crate::backend::{
     BackendContext, Buffer, Call, CollectiveBackend, Completion, Direction, Op, Receipt, Segment, Segments,
     Transfer,
 };
+use crate::store::around::{Altered, Around};
 use crate::store::{HashStore, Store};
 
 /// How long any of these tests may take.
@@ -183,41 +184,21 @@ pub(super) fn options(transport: &str, rank: usize) -> Options {
 }
 
 /// A store in which one rank reads what a function makes of what others wrote.
-pub(super) struct Altered<F>(pub(super) Arc<dyn Store>, pub(super) F);
+pub(super) fn altered(
+    store: Arc<dyn Store>,
+    read: impl Fn(&str, Vec<u8>) -> Vec<u8> + Send + Sync + 'static,
+) -> Arc<dyn Store> {
+    Arc::new(Altered(Reads(store, read)))
+}
 
-impl<F: Fn(&str, Vec<u8>) -> Vec<u8> + Send + Sync + 'static> Store for Altered<F> {
-    fn set(&self, key: &str, value: &[u8]) -> Result<()> {
-        self.0.set(key, value)
+struct Reads<F>(Arc<dyn Store>, F);
+
+impl<F: Fn(&str, Vec<u8>) -> Vec<u8> + Send + Sync + 'static> Around for Reads<F> {
+    fn below(&self) -> &dyn Store {
+        &*self.0
     }
-    fn get(&self, key: &str) -> Result<Vec<u8>> {
-        Ok(self.1(key, self.0.get(key)?))
-    }
-    fn add(&self, key: &str, amount: i64) -> Result<i64> {
-        self.0.add(key, amount)
-    }
-    fn compare_set(&self, key: &str, expected: &[u8], desired: &[u8]) -> Result<Vec<u8>> {
-        self.0.compare_set(key, expected, desired)
-    }
-    fn check(&self, keys: &[&str]) -> Result<bool> {
-        self.0.check(keys)
-    }
-    fn wait(&self, keys: &[&str], timeout: Duration) -> Result<()> {
-        self.0.wait(keys, timeout)
-    }
-    fn delete(&self, key: &str) -> Result<bool> {
-        self.0.delete(key)
-    }
-    fn num_keys(&self) -> Result<usize> {
-        self.0.num_keys()
-    }
-    fn append(&self, key: &str, value: &[u8]) -> Result<()> {
-        self.0.append(key, value)
-    }
-    fn timeout(&self) -> Duration {
-        self.0.timeout()
-    }
-    fn set_timeout(&self, timeout: Duration) {
-        self.0.set_timeout(timeout);
+    fn read(&self, key: &str, value: Vec<u8>) -> Vec<u8> {
+        self.1(key, value)
     }
 }
 

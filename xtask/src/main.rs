@@ -19,6 +19,7 @@ mod pip;
 mod provision;
 mod record;
 mod sanitize;
+mod second_look;
 mod setup;
 mod soak;
 mod test;

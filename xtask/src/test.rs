@@ -3,16 +3,23 @@
 use anyhow::Result;
 
 use crate::cargo::{cargo, run as execute};
-use crate::setup;
+use crate::{second_look, setup};
 
-pub(crate) const ABOUT: &str = "Set up, then run every test; arguments go to `cargo test`";
+pub(crate) const ABOUT: &str = "\
+Set up, then run every test; arguments go to `cargo test`
+--second-look runs test programs that failed once more, alone, and says which they are";
 
 pub(crate) fn run(arguments: &[String]) -> Result<()> {
     setup::ensure()?;
     // All of them, also where one fails: a run is dear.
-    execute(cargo().args(["test", "--no-fail-fast"]).args(arguments))?;
+    let mut every = cargo();
+    every.args(["test", "--no-fail-fast"]);
+    match arguments {
+        [only] if only == "--second-look" => second_look::run(&mut every)?,
+        _ => execute(every.args(arguments))?,
+    }
     // Apart, because as one workspace the two would share features, and libtorch's bindings be compiled twice.
-    if arguments.is_empty() {
+    if arguments.iter().all(|argument| argument == "--second-look") {
         execute(cargo().args(["test", "--quiet", "--package", "xtask"]))?;
     }
     Ok(())

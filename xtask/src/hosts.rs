@@ -20,7 +20,7 @@ product over a slow cable, and cut the cable; needs root and iproute2
 const PARTS: [&str; 3] = ["suite", "slow", "cut"];
 
 const TEST: &str = "whole::the_product_as_a_table";
-/// How long a run of the suite may take: some 30 s on two cores that are free.
+/// How long a run of the suite may take, also on a machine that is busy.
 const PATIENCE: Duration = Duration::from_secs(400);
 /// The time limit of calls where the cable is cut: far more than a rank takes between two of them.
 const TIMEOUT: &str = "8";

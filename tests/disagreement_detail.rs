@@ -105,10 +105,11 @@ fn factors_are_each_ranks_own() {
 #[test]
 fn ranks_must_agree_on_checking_itself() {
     let store = std::sync::Arc::new(tch_distributed::store::HashStore::new());
+    let both = std::sync::Barrier::new(2);
     let errors: Vec<Option<String>> = std::thread::scope(|scope| {
         let ranks: Vec<_> = (0..2)
             .map(|rank| {
-                let store = store.clone();
+                let (store, both) = (store.clone(), &both);
                 scope.spawn(move || {
                     testing::run_threads(1, |own| {
                         own.destroy().unwrap();
@@ -117,8 +118,9 @@ fn ranks_must_agree_on_checking_itself() {
                             .store(store.clone())
                             .rank(rank)
                             .world_size(2)
-                            .timeout(Duration::from_millis(800))
+                            .timeout(Duration::from_secs(5))
                             .debug_detail(rank == 0);
+                        both.wait();
                         tch_distributed::init_process_group("native", options).err().map(|e| e.to_string())
                     })
                     .remove(0)

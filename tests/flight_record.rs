@@ -14,6 +14,10 @@ fn diagnosed(test: &str, body: fn(&Path)) -> (String, Option<i32>) {
     let is_rank = std::env::var_os("RANK").is_some();
     let run = if is_rank { std::os::unix::process::parent_id() } else { std::process::id() };
     let folder = std::env::temp_dir().join(format!("tch-distributed-test-{test}-{run}"));
+    if !is_rank && folder.exists() {
+        // Of a run with this number that was cut off.
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
     dist::testing::run_processes(3, test, || {
         // SAFETY: a rank runs this test alone, and nothing else of it reads the environment now.
         unsafe { std::env::set_var("TCH_DISTRIBUTED_FLIGHT_DIR", &folder) };
@@ -64,7 +68,7 @@ fn a_rank_that_hangs_in_its_own_code_is_named_after_a_timeout_and_a_signal() {
                 until("the others had left their records", || (0..2).all(|r| record(folder, r).exists()));
                 is_asked(folder, 2);
             } else {
-                let error = group.with_timeout(Duration::from_millis(700)).barrier().unwrap_err();
+                let error = group.with_timeout(Duration::from_secs(4)).barrier().unwrap_err();
                 assert!(error.to_string().contains("rank 2"), "{error}");
             }
         });
@@ -81,7 +85,7 @@ fn a_rank_that_does_not_send_what_another_waits_for_is_named() {
         group.barrier().unwrap();
         if group.rank() == 1 {
             let mut t = Tensor::ones([4], (Kind::Float, Device::Cpu));
-            group.with_timeout(Duration::from_millis(700)).recv(&mut t, 2, 9).unwrap_err();
+            group.with_timeout(Duration::from_secs(4)).recv(&mut t, 2, 9).unwrap_err();
         } else {
             // Rank 2 hangs in its own code; rank 0 has nothing to do.
             until("the one that waits had left its record", || record(folder, 1).exists());

@@ -436,7 +436,7 @@ fn a_rank_that_fails_on_one_node_ends_the_ranks_of_the_others() {
 
 #[test]
 fn ranks_share_the_cores_unless_told_otherwise() {
-    let cores = std::thread::available_parallelism().unwrap().get();
+    let cores = num_cpus::get();
     let mine = |ranks: usize| format!("] {}\n", (cores / ranks).max(1));
     let output = finish(tchrun(&["--nproc-per-node", "2", "sh", "-c", "echo $OMP_NUM_THREADS"]));
     assert_eq!(out(&output).matches(&mine(2)).count(), 2, "{}", out(&output));

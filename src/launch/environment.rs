@@ -5,7 +5,9 @@ use std::hash::{BuildHasher, Hasher};
 use std::net::TcpListener;
 use std::process::Command;
 use std::str::FromStr;
+use std::sync::atomic::{AtomicU64, Ordering};
 
+use once_cell::sync::Lazy;
 use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal, test_kill_process};
 
 /// A process's place in the world: the variables that torchrun sets.
@@ -92,12 +94,15 @@ pub(crate) fn nonce() -> String {
 
 /// A port of this machine that nobody uses now.
 pub(crate) fn free_port() -> std::io::Result<u16> {
-    // Below the range that the kernel hands out, so that no outgoing connection takes it meanwhile.
-    let mut hasher = RandomState::new().build_hasher();
-    hasher.write_u32(std::process::id());
-    let start = hasher.finish();
-    for step in 0..2000u64 {
-        let port = 20_000 + (start.wrapping_add(step * 7) % 12_000) as u16;
+    // Where this process begins, and goes on: what it was told is not told again before it is in use.
+    static NEXT: Lazy<AtomicU64> = Lazy::new(|| {
+        let mut hasher = RandomState::new().build_hasher();
+        hasher.write_u32(std::process::id());
+        AtomicU64::new(hasher.finish() >> 1)
+    });
+    for _ in 0..2000 {
+        // Below the range that the kernel hands out, so that no outgoing connection takes it meanwhile.
+        let port = 20_000 + (NEXT.fetch_add(7, Ordering::Relaxed) % 12_000) as u16;
         if TcpListener::bind(("0.0.0.0", port)).is_ok() {
             return Ok(port);
         }

@@ -406,7 +406,7 @@ mod tests {
         assert_eq!(store.compare_set("none", b"y", b"x").unwrap(), b"y");
         assert!(store.delete("new").unwrap());
         assert!(!store.delete("new").unwrap());
-        store.wait(&["a"], Duration::from_secs(1)).unwrap();
+        store.wait(&["a"], Duration::from_secs(20)).unwrap();
         store.append("log", b"ab").unwrap();
         store.append("log", b"cd").unwrap();
         assert_eq!(store.get("log").unwrap(), b"abcd");
@@ -417,6 +417,7 @@ mod tests {
         assert!(!error.contains("frame #"), "no C++ stack in {error}");
         store.set_timeout(Duration::from_millis(200)).unwrap();
         store.get("absent").unwrap_err();
+        store.set_timeout(Duration::from_secs(20)).unwrap();
         store.set("after", b"a timeout").unwrap();
         assert_eq!(store.get("after").unwrap(), b"a timeout");
     }

@@ -9,6 +9,7 @@
 //! | `gen/<rank>` | counter | how often this rank has come to meet: its generation |
 //! | `<generation>/hello/<rank>` | the rank | its [`Hello`] |
 //! | `<generation>/outcome` | the first to know (`compare_set`) | an [`Outcome`]; the same for all |
+//! | `<generation>/heard` | counter | how many have read that the world is not to be |
 //! | `<generation>/…` | the world | its own keys |
 //!
 //! A world that ends and one that begins anew in the same processes are two generations. A generation
@@ -17,7 +18,6 @@
 
 use std::io;
 use std::sync::Arc;
-use std::thread;
 use std::time::Duration;
 
 use once_cell::sync::Lazy;
@@ -35,6 +35,9 @@ const GLOO: &str = "default_pg/0//cpu//0/";
 
 /// This process, told apart from all others.
 static PROCESS: Lazy<String> = Lazy::new(nonce);
+
+/// How long rank 0 waits for those who have come to read that the world is not to be.
+const PARTING: Duration = Duration::from_secs(5);
 
 /// Who a rank is, and which world it wants to join.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -194,7 +197,7 @@ impl<'a> Meeting<'a> {
                 && let Some(hello) = self.hello_of(generation, next)?
             {
                 if let Some(reason) = self.hello.disagreement(self.rank, &hello, next) {
-                    return self.fail(&outcome, reason);
+                    return self.fail(generation, &outcome, reason);
                 }
                 next += 1;
             }
@@ -209,7 +212,7 @@ impl<'a> Meeting<'a> {
                 continue;
             }
             if let Some(reason) = self.stranger()? {
-                return self.fail(&outcome, reason);
+                return self.fail(generation, &outcome, reason);
             }
             let (base, size) = (self.base.clone(), self.hello.world_size);
             let missing = move || missing(&base, generation, size).unwrap_or_default();
@@ -220,7 +223,7 @@ impl<'a> Meeting<'a> {
                     [] => format!("all ranks came to {name}, but rank 0 did not confirm it in time"),
                     ranks => format!("{} did not come to {name} in time", list(ranks)),
                 };
-                return self.fail(&outcome, reason);
+                return self.fail(generation, &outcome, reason);
             }
         }
     }
@@ -278,8 +281,7 @@ impl<'a> Meeting<'a> {
             return Ok(generation);
         }
         // The claimant writes its hello right after its claim.
-        let grace = Patience::new(Duration::from_secs(2).min(self.patience.left()));
-        let mut grace = grace;
+        let mut grace = Patience::new(Duration::from_secs(5).min(self.patience.left()));
         let earlier = loop {
             if let Some(hello) = self.hello_of(before, self.rank)? {
                 break Some(hello);
@@ -331,28 +333,37 @@ impl<'a> Meeting<'a> {
     }
 
     /// Fails for all ranks, unless another outcome was first.
-    fn fail(&self, outcome: &str, reason: String) -> Result<Met> {
+    fn fail(&self, generation: i64, outcome: &str, reason: String) -> Result<Met> {
         let mine = encode(&Outcome::Failed(reason.clone()))?;
         let first = self.base.compare_set(outcome, b"", &mine)?;
         let reason = match decode(&first)? {
             Outcome::Failed(first) => first,
             Outcome::Met(_) => reason,
         };
-        self.linger();
+        self.part(generation);
         Err(failed(reason))
     }
 
-    /// A server that goes at once takes the reason along.
-    fn linger(&self) {
-        if self.rank == 0 && self.venue.served.is_some() {
-            thread::sleep(Duration::from_millis(300));
+    /// A server that goes at once takes the reason along: rank 0 waits until those who came have read it.
+    fn part(&self, generation: i64) {
+        if self.venue.served.is_none() {
+            return;
         }
+        let heard = format!("{generation}/heard");
+        let all_know = || -> Result<bool> {
+            let came = self.hello.world_size - missing(&self.base, generation, self.hello.world_size)?.len();
+            Ok(self.base.add(&heard, 0)? >= came as i64)
+        };
+        let told = self.base.add(&heard, 1);
+        let mut patience = Patience::new(PARTING);
+        // A store that does not answer any more has nothing to tell.
+        while self.rank == 0 && told.is_ok() && all_know().is_ok_and(|all| !all) && patience.pause() {}
     }
 
     fn end(&self, generation: i64, outcome: &str) -> Result<Met> {
         match decode(&self.base.get(outcome)?)? {
             Outcome::Failed(reason) => {
-                self.linger();
+                self.part(generation);
                 Err(failed(reason))
             }
             Outcome::Met(hosts) => {

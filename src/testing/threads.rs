@@ -227,11 +227,14 @@ mod tests {
     #[test]
     fn threads_of_a_process_that_want_to_be_ranks_are_told_how() {
         let (store, begin) = (Arc::new(HashStore::new()), Instant::now());
+        let both = std::sync::Barrier::new(2);
+        let join = |rank| {
+            let options = InitOptions::new().store(store.clone()).rank(rank).world_size(2);
+            both.wait();
+            init_process_group("native", options.timeout(Duration::from_secs(4))).unwrap_err().to_string()
+        };
         let texts: Vec<String> = std::thread::scope(|scope| {
-            let join = |rank| {
-                let options = InitOptions::new().store(store.clone()).rank(rank).world_size(2);
-                init_process_group("native", options.timeout(Duration::from_secs(2))).unwrap_err().to_string()
-            };
+            let join = &join;
             let ranks = [0, 1].map(|rank| scope.spawn(move || join(rank)));
             ranks.map(|rank| rank.join().unwrap()).into()
         });

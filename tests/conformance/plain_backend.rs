@@ -99,7 +99,12 @@ impl CollectiveBackend for Plain {
                 return Err(Error::Desync { op, seq: made, rank, theirs: format!("{theirs} calls"), ours });
             }
         }
-        Ok(())
+        // Rank 0 may take the store along when it goes.
+        if context.rank != 0 {
+            return context.store.set(&format!("gone/{}", context.rank), b"");
+        }
+        let others: Vec<String> = (1..context.size).map(|rank| format!("gone/{rank}")).collect();
+        context.store.wait(&others.iter().map(String::as_str).collect::<Vec<_>>(), timeout)
     }
 }
 

@@ -223,6 +223,8 @@ impl Hosts {
         let [a, b] = &hosts.names;
         for name in [a, b] {
             ip(&["netns", "add", name])?;
+            // What runs there needs more rights than to make it.
+            ip(&["netns", "exec", name, "true"])?;
         }
         ip(&["link", "add", "cable", "netns", a, "type", "veth", "peer", "name", "cable", "netns", b])?;
         for (name, address) in [(a, "10.231.7.1/24"), (b, "10.231.7.2/24")] {

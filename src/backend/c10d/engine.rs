@@ -39,7 +39,10 @@ pub(super) fn alone_at_the_recorder() -> MutexGuard<'static, ()> {
 /// How long the other ranks are asked why an operation failed, and are told of an abort.
 const INQUEST: Duration = Duration::from_secs(10);
 
-/// How long a rank that leaves waits for others that are still connecting.
+/// How long a rank that aborts waits for others that are still connecting.
+const COMING: Duration = Duration::from_secs(2);
+
+/// The same of a rank that leaves.
 const SETTLING: Duration = Duration::from_secs(10);
 
 /// libtorch's engine for one group.
@@ -297,7 +300,11 @@ impl CollectiveBackend for Engine {
         let cause = cause.clone();
         waiters::run(move || {
             let witness = shared.witness.clone();
-            waiters::within(INQUEST, move || witness.announce(&cause));
+            waiters::within(INQUEST, move || {
+                witness.announce(&cause);
+                // Who still connects would take this for a failure of its own.
+                witness.see_others_settled(COMING);
+            });
             shared.cut();
         });
     }

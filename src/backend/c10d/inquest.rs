@@ -212,7 +212,10 @@ impl Witness {
         if class == Class::Timeout || others.iter().any(|(_, status)| status.class == "T") {
             return self.timeout(failure, ours);
         }
-        match failure.suspect.filter(|rank| ours.contains(rank)).or(ours.first().copied()) {
+        // Who has left says nothing more; others may only be slow.
+        let left = || ours.iter().find(|rank| self.has_left(**rank).unwrap_or(false));
+        let suspect = failure.suspect.filter(|rank| ours.contains(rank));
+        match suspect.or_else(|| left().or(ours.first()).copied()) {
             Some(rank) => self.lost(failure, rank),
             None => Error::Torch(tch::TchError::Torch(format!("{}: {}", failure.op, failure.text))),
         }

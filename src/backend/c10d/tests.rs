@@ -31,22 +31,29 @@ fn gloo<S: Store>(store: &Arc<S>, rank: usize, size: usize, timeout: Duration) -
     create_gloo(context).unwrap()
 }
 
-/// Runs the body on every rank of a new group; results in rank order.
+/// Runs the body on every rank of a new group, once all are connected; results in rank order.
 fn ranks<T: Send>(size: usize, body: impl Fn(usize, Arc<dyn CollectiveBackend>) -> T + Sync) -> Vec<T> {
-    let store = Arc::new(HashStore::new());
+    let (store, up) = (Arc::new(HashStore::new()), AtomicUsize::new(0));
     thread::scope(|scope| {
-        let (store, body) = (&store, &body);
-        let threads: Vec<_> =
-            (0..size).map(|rank| scope.spawn(move || body(rank, gloo(store, rank, size, SECONDS)))).collect();
+        let (store, up, body) = (&store, &up, &body);
+        let run = |rank| {
+            move || {
+                let gloo = gloo(store, rank, size, SECONDS);
+                up.fetch_add(1, Ordering::SeqCst);
+                wait_for(up, size);
+                body(rank, gloo)
+            }
+        };
+        let threads: Vec<_> = (0..size).map(|rank| scope.spawn(run(rank))).collect();
         threads.into_iter().map(|thread| thread.join().unwrap()).collect()
     })
 }
 
-/// Waits until so many ranks have come to an end of what they do.
-fn wait_for(ended: &AtomicUsize, count: usize) {
+/// Waits until so many ranks have come as far as this counts.
+fn wait_for(there: &AtomicUsize, count: usize) {
     let until = Instant::now() + SECONDS * 3;
-    while ended.load(Ordering::SeqCst) < count {
-        assert!(Instant::now() < until, "another rank does not come to its end");
+    while there.load(Ordering::SeqCst) < count {
+        assert!(Instant::now() < until, "another rank does not come as far");
         thread::sleep(Duration::from_millis(5));
     }
 }

@@ -10,17 +10,19 @@ use super::ledger::{DEPTH, Report};
 use super::transport::Stamp;
 use crate::Error;
 
-/// How long the rank that failed first has to say so, or others to answer.
+/// How long the rank that failed first has to say so.
 const GRACE: Duration = Duration::from_millis(400);
 /// How often the question is asked again.
 const AGAIN: Duration = Duration::from_millis(20);
 /// How many times as long who has withdrawn a message may take to say why: it may have to ask first.
 const WITHDRAWN: u32 = 4;
 
-/// Where a call has waited for long in vain, others have this part of that time to answer: a rank of a busy machine
-/// is not to be taken for one that is gone. So many times as long as else at most.
+/// How long ranks have to answer where it depends on all answers who is to blame: a rank of a busy machine is not to be
+/// taken for one that is gone. Where all have answered, nobody waits.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// After a call that has waited in vain it is this part of that time, and this at least.
 const PART: u32 = 8;
-const MOST: u32 = 5;
+const LEAST: Duration = Duration::from_secs(1);
 
 /// An investigation. Meanwhile a peer may tell the cause, which then counts.
 pub(crate) struct Diagnosis {
@@ -73,7 +75,8 @@ impl Diagnosis {
         engine.control.ask(seq);
         let grace = match &finding {
             Error::Aborted => GRACE * WITHDRAWN,
-            Error::Timeout { .. } => (now.duration_since(entered) / PART).clamp(GRACE, GRACE * MOST),
+            Error::Desync { .. } => PATIENCE,
+            Error::Timeout { .. } => (now.duration_since(entered) / PART).clamp(LEAST, PATIENCE),
             _ => GRACE,
         };
         Self {

@@ -130,7 +130,9 @@ fn the_ranks_that_agree_name_the_odd_one(group: &ProcessGroup) {
 }
 
 fn a_rank_that_does_not_come_is_named_by_the_timeout(group: &ProcessGroup) {
-    let own = own_group(group, Duration::from_secs(20)).with_timeout(Duration::from_millis(1500));
+    let own = own_group(group, Duration::from_secs(20)).with_timeout(Duration::from_secs(3));
+    // Those who come, come together.
+    group.barrier().unwrap();
     if group.rank() != 1 {
         let error = own.all_reduce(&mut numbers(&[1]), ReduceOp::Sum).unwrap_err();
         match root_cause(&error) {

@@ -122,12 +122,14 @@ fn a_rank_that_drops_its_group_has_not_called_what_the_others_call_and_is_not_lo
     let settled = Arc::new(std::sync::Barrier::new(4));
     let errors = ranks(4, move |rank| {
         rank.barrier().unwrap();
-        // Nobody is in that barrier any more when the first finds out that rank 3 is gone.
+        let all_reduce = || {
+            let outputs = segments(&[tensor(1000)]);
+            rank.submit(Rank::call(Op::AllReduce(ReduceOp::Sum), Kind::Float, none(), outputs))
+        };
+        let pending = (rank.rank != 3).then(all_reduce);
+        // Nobody is in that barrier any more when the first finds out that rank 3 is gone, and all others have called.
         settled.wait();
-        if rank.rank == 3 {
-            return None;
-        }
-        Some(rank.all_reduce(&tensor(1000), ReduceOp::Sum).and_then(|()| rank.barrier()).unwrap_err())
+        Some(pending?.wait().and_then(|_| rank.barrier()).unwrap_err())
     });
     for error in errors.into_iter().flatten().map(cause) {
         let Error::Desync { op, seq: 2, rank: 3, theirs, .. } = &error else { panic!("{error}") };

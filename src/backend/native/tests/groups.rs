@@ -137,11 +137,14 @@ fn strangers_at_the_address_are_turned_away_and_do_no_harm() {
             let store = store.clone();
             std::thread::spawn(move || make(&store, 0, 2, transport))
         };
-        // Rank 1 says hello, so that rank 0 goes on to listen, but calls late.
+        // Rank 1 says hello, so that rank 0 goes on to listen, but calls after the strangers.
+        let (strangers_called, its_turn) = std::sync::mpsc::channel::<()>();
         let second = {
-            let late = altered(store.clone(), |key, value| {
+            let its_turn = parking_lot::Mutex::new(its_turn);
+            let late = altered(store.clone(), move |key, value| {
                 if !key.contains("hello") {
-                    std::thread::sleep(Duration::from_millis(500));
+                    // That the test has let go of its end is the sign.
+                    let _ = its_turn.lock().recv_timeout(Duration::from_secs(60));
                 }
                 value
             });
@@ -156,6 +159,7 @@ fn strangers_at_the_address_are_turned_away_and_do_no_harm() {
             .unwrap();
         // It is closed on, by a reset or an end.
         assert!(matches!(garbage.read(&mut [0; 64]), Ok(0) | Err(_)));
+        drop(strangers_called);
         let groups = [first, second].map(|rank| rank.join().unwrap().unwrap());
         let ranks: Vec<_> = groups
             .into_iter()

@@ -131,7 +131,10 @@ fn a_link_that_goes_silent_is_a_timeout_that_names_the_rank_behind_it() {
             outputs: segments(&[]),
             timeout: Duration::from_secs(1),
         };
-        (1 - rank.rank, rank.backend.run(call).unwrap_err())
+        let error = rank.backend.run(call).unwrap_err();
+        // Who goes first would be lost to the other.
+        between.both.wait();
+        (1 - rank.rank, error)
     });
     for (other, error) in errors {
         assert!(matches!(&error, Error::Timeout { missing, .. } if *missing == [other]), "{error}");

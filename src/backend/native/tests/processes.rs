@@ -62,7 +62,13 @@ fn with_victim(test: &str, transport: &str, signal: Signal, body: fn(&Rank) -> S
         rank.all_reduce(&lent, ReduceOp::Sum).unwrap();
         assert_eq!(lent.mean(Kind::Double).double_value(&[]), WORLD as f64);
         let _ = lent.fill_(1.0);
+        // What this rank has sent may still be on its way to another: that is in the call.
+        let past = |rank: usize| place.join(format!("past-{rank}"));
+        std::fs::write(past(rank.rank), "").unwrap();
         if rank.rank == VICTIM {
+            while !(0..WORLD).all(|rank| past(rank).exists()) {
+                std::thread::sleep(Duration::from_millis(1));
+            }
             kill_process(getpid(), signal).unwrap();
             // A signal may take a moment to reach every thread.
             std::thread::sleep(LONG);

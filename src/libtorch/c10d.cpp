@@ -10,7 +10,7 @@ using std::chrono::milliseconds;
 using TensorList = std::vector<at::Tensor>;
 
 c10d::ReduceOp premul_sum(double factor) {
-#if TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR < 12
+#if TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR < 13
   return c10d::makeNCCLPreMulSum(factor);
 #else
   return c10d::makePreMulSum(factor);

@@ -27,47 +27,65 @@ pub(crate) struct Release {
     pub(crate) libtorch: &'static str,
     /// The tch that wants it.
     pub(crate) tch: &'static str,
+    /// Whether that tch is on crates.io. Where it is not, another one takes this libtorch when
+    /// `LIBTORCH_BYPASS_VERSION_CHECK` is set.
+    pub(crate) published: bool,
     torch: Wheel,
-    nccl_version: &'static str,
-    nccl: Wheel,
+    nccl: &'static Wheel,
 }
 
 pub(crate) const RELEASES: &[Release] = &[
     Release {
         libtorch: "2.13.0",
         tch: "0.26",
+        published: true,
         torch: Wheel {
             requirement: "torch==2.13.0",
             file: "torch-2.13.0-cp312-cp312-manylinux_2_28_x86_64.whl",
             bytes: 526_605_292,
             sha256: "796633c4cdf0fe2cdced72d8f88f22e73dbcfce83132763162f6d4bff13b820b",
         },
-        nccl_version: "2.29.7",
-        nccl: Wheel {
-            requirement: "nvidia-nccl-cu13==2.29.7",
-            file: "nvidia_nccl_cu13-2.29.7-py3-none-manylinux_2_18_x86_64.whl",
-            bytes: 205_976_000,
-            sha256: "edd81538446786ec3b73972543e53bb43bcaf0bfc8ef76cb679fcc390ffe136d",
+        nccl: &NCCL_2_29,
+    },
+    Release {
+        libtorch: "2.12.0",
+        tch: "0.25",
+        published: false,
+        torch: Wheel {
+            requirement: "torch==2.12.0",
+            file: "torch-2.12.0-cp312-cp312-manylinux_2_28_x86_64.whl",
+            bytes: 532_261_691,
+            sha256: "4b4f64c2c2b11f7510d93dd6412b87025ff6eddd6bb61c3b5a3d892ea20c4756",
         },
+        nccl: &NCCL_2_29,
     },
     Release {
         libtorch: "2.11.0",
         tch: "0.24",
+        published: true,
         torch: Wheel {
             requirement: "torch==2.11.0",
             file: "torch-2.11.0-cp312-cp312-manylinux_2_28_x86_64.whl",
             bytes: 530_712_279,
             sha256: "0f68f4ac6d95d12e896c3b7a912b5871619542ec54d3649cf48cc1edd4dd2756",
         },
-        nccl_version: "2.28.9",
-        nccl: Wheel {
-            requirement: "nvidia-nccl-cu13==2.28.9",
-            file: "nvidia_nccl_cu13-2.28.9-py3-none-manylinux_2_18_x86_64.whl",
-            bytes: 196_493_177,
-            sha256: "e4553a30f34195f3fa1da02a6da3d6337d28f2003943aa0a3d247bbc25fefc42",
-        },
+        nccl: &NCCL_2_28,
     },
 ];
+
+const NCCL_2_29: Wheel = Wheel {
+    requirement: "nvidia-nccl-cu13==2.29.7",
+    file: "nvidia_nccl_cu13-2.29.7-py3-none-manylinux_2_18_x86_64.whl",
+    bytes: 205_976_000,
+    sha256: "edd81538446786ec3b73972543e53bb43bcaf0bfc8ef76cb679fcc390ffe136d",
+};
+
+const NCCL_2_28: Wheel = Wheel {
+    requirement: "nvidia-nccl-cu13==2.28.9",
+    file: "nvidia_nccl_cu13-2.28.9-py3-none-manylinux_2_18_x86_64.whl",
+    bytes: 196_493_177,
+    sha256: "e4553a30f34195f3fa1da02a6da3d6337d28f2003943aa0a3d247bbc25fefc42",
+};
 
 const CUDA_RUNTIME: Wheel = Wheel {
     requirement: "nvidia-cuda-runtime==13.0.96",
@@ -125,11 +143,11 @@ impl Release {
     /// What compiling and linking the feature `nccl` takes beside [`Self::cpu`]; running it takes a CUDA machine.
     pub(crate) fn nccl(&'static self) -> Bundle {
         Bundle {
-            folder: format!("nccl-{}", self.nccl_version),
+            folder: format!("libtorch-{}-nccl", self.libtorch),
             proof: "nvidia/nccl/include/nccl.h",
             parts: vec![
                 (&self.torch, cuda_part),
-                (&self.nccl, headers),
+                (self.nccl, headers),
                 (&CUDA_RUNTIME, headers),
                 (&CUDA_CRT, headers),
                 (&CUDA_CCCL, headers),
@@ -166,6 +184,7 @@ mod tests {
     #[test]
     fn every_tch_in_our_range_has_its_libtorch() {
         assert_eq!(Release::for_tch("0.26.0").unwrap().libtorch, "2.13.0");
+        assert_eq!(Release::for_tch("0.25.0").unwrap().libtorch, "2.12.0");
         assert_eq!(Release::for_tch("0.24.3").unwrap().libtorch, "2.11.0");
         assert!(Release::for_tch("0.2.0").is_none());
         assert_eq!(Release::of_libtorch("2.11.0").unwrap().tch, "0.24");
@@ -181,6 +200,15 @@ mod tests {
         {
             assert!(!cpu_part(dropped), "{dropped}");
         }
+    }
+
+    #[test]
+    fn no_two_releases_share_a_folder_of_the_cache() {
+        let mut folders: Vec<_> =
+            RELEASES.iter().flat_map(|release| [release.cpu().folder, release.nccl().folder]).collect();
+        folders.sort();
+        folders.dedup();
+        assert_eq!(folders.len(), 2 * RELEASES.len());
     }
 
     #[test]

@@ -3,6 +3,8 @@
 #include "tch-distributed/src/libtorch/c10d.rs.h"
 
 #include <array>
+#include <cstddef>
+#include <new>
 #include <string>
 
 #define USE_C10D_NCCL
@@ -51,11 +53,36 @@ c10::intrusive_ptr<c10d::ProcessGroupNCCL::Options> nccl_options(
   options->global_ranks_in_group.assign(ranks.begin(), ranks.end());
   return options;
 }
+std::string version_text(unsigned int code) {
+  return c10::str(code / 10000, ".", code / 100 % 100, ".", code % 100);
+}
+
+// libtorch's options hold a structure of NCCL's that grows with its versions, and are made here and read there: with
+// headers of another version than libtorch's own, each would see the other's members elsewhere. Empty where they fit.
+std::string headers_that_do_not_fit() {
+  using Options = c10d::ProcessGroupNCCL::Options;
+  // libtorch's constructor writes as much as libtorch believes it to be, and is the only one who knows. What it made is
+  // not destroyed: that would read it as we believe it to be.
+  struct Room {
+    alignas(std::max_align_t) std::array<std::byte, sizeof(Options) + 4096> bytes;
+  };
+  static const Options* const theirs = new ((new Room)->bytes.data()) Options();
+  constexpr ncclConfig_t ours = NCCL_CONFIG_INITIALIZER;
+  if (theirs->config.size == ours.size) {
+    return "";
+  }
+  return c10::str(
+      "this program was compiled with the headers of NCCL ", version_text(ours.version), ", and its libtorch with those of ",
+      version_text(theirs->config.version), ", whose options differ: build with NCCL_HOME naming the latter");
+}
 } // namespace
 
 rust::String why_no_nccl() {
   if (!at::Context::hasCUDART()) {
     return "this libtorch has no CUDA part";
+  }
+  if (static const std::string unfit = headers_that_do_not_fit(); !unfit.empty()) {
+    return unfit;
   }
   if (c10::cuda::device_count() == 0) {
     return "libtorch finds no CUDA device on this machine";

@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use tch::{Device, Kind, Tensor};
 
-pub(crate) use c10d::split_nccl;
+pub(crate) use c10d::{has_communicator, leave_split, split_nccl};
 pub use call::{Buffer, Call, Direction, Op, Segment, Segments, Transfer, segment_numel};
 pub use completion::{Completion, Receipt};
 pub(crate) use completion::{Helper, Ticket, WriteBack, contained};

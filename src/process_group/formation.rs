@@ -24,7 +24,7 @@ pub(super) struct Formation {
     pub(super) universe: Arc<Universe>,
     pub(super) detail: bool,
     pub(super) high_priority_stream: bool,
-    /// The backend whose communicator is split, and the ranks there.
+    /// The backend whose communicator all its ranks split, and the new group's ranks there.
     pub(super) split_from: Option<(Arc<dyn CollectiveBackend>, Vec<usize>)>,
     /// Whether this is a default group, whose store may have served one before.
     pub(super) world: bool,
@@ -79,9 +79,8 @@ fn assemble(formation: Formation) -> Result<ProcessGroup> {
         };
         if name == "nccl"
             && let Some((parent, members)) = &formation.split_from
-            && let Some(split) = split_nccl(&**parent, members, Some(context.clone()), placement)?
         {
-            return Ok(Some(split));
+            return split_nccl(&**parent, members, context, placement).map(Some);
         }
         make(&name, context, placement).map(Some)
     };

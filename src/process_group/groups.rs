@@ -11,9 +11,10 @@ use std::time::Duration;
 
 use super::ProcessGroup;
 use super::formation::{Formation, form};
+use super::parting::{self, Intent};
 use super::spec::BackendSpec;
-use crate::backend::{factory, split_nccl};
-use crate::store::PrefixStore;
+use crate::backend::{CollectiveBackend, factory, has_communicator, leave_split};
+use crate::store::{PrefixStore, Store};
 use crate::{Error, Result};
 
 /// What a new group has of its own; the rest it has from its parent.
@@ -80,8 +81,9 @@ impl GroupOptions {
     }
 
     /// Whether NCCL splits the new group's communicator off the parent's instead of connecting its ranks anew. It is
-    /// for worlds whose ranks named their [`device`](crate::InitOptions::device), all of them: where they did not, ranks
-    /// connect anew. Every rank of the parent gives the same. Other backends take no notice.
+    /// for worlds of this crate's ranks alone, and all of them named their [`device`](crate::InitOptions::device): where
+    /// none did, ranks connect anew; where only some did, it is an error on every rank, which says who did not. Every rank
+    /// of the parent gives the same, and waits for the others. Other backends take no notice.
     #[doc(alias = "split_from")]
     pub fn split_communicator(mut self, split: bool) -> Self {
         self.split_communicator = split;
@@ -137,10 +139,15 @@ impl ProcessGroup {
         options: GroupOptions,
     ) -> Result<Option<Self>> {
         let inner = &self.inner;
-        let split_from = inner.backends.cuda.clone().filter(|_| options.split_communicator);
+        let store: Arc<dyn Store> = Arc::new(PrefixStore::new(prefix, inner.store.clone()));
+        let spec = options.backend.unwrap_or_else(|| inner.spec.clone());
+        let split_from = match options.split_communicator {
+            true => self.to_be_split(ranks, &*store, &spec)?,
+            false => None,
+        };
         let Some(rank) = ranks.iter().position(|&rank| rank == self.rank()) else {
             if let Some(parent) = split_from {
-                split_nccl(&*parent, ranks, None, inner.universe.placement())?;
+                leave_split(&*parent, ranks, inner.universe.placement())?;
             }
             return Ok(None);
         };
@@ -152,8 +159,8 @@ impl ProcessGroup {
             name,
             rank,
             ranks: ranks.iter().map(|&rank| inner.ranks[rank]).collect(),
-            store: Arc::new(PrefixStore::new(prefix, inner.store.clone())),
-            spec: options.backend.unwrap_or_else(|| inner.spec.clone()),
+            store,
+            spec,
             timeout: options.timeout.unwrap_or_else(|| self.timeout()),
             universe: inner.universe.clone(),
             detail: inner.detail,
@@ -162,6 +169,26 @@ impl ProcessGroup {
             world: false,
         })
         .map(Some)
+    }
+
+    /// The backend whose communicator all ranks of this group will split for the new one, if they will.
+    fn to_be_split(
+        &self,
+        ranks: &[usize],
+        store: &dyn Store,
+        spec: &BackendSpec,
+    ) -> Result<Option<Arc<dyn CollectiveBackend>>> {
+        let inner = &self.inner;
+        let Some(parent) = inner.backends.cuda.clone().filter(|parent| has_communicator(&**parent)) else {
+            return Ok(None);
+        };
+        let mine = Intent {
+            backend: spec.resolve()?.1.unwrap_or_default(),
+            ranks: ranks.to_vec(),
+            names_device: inner.universe.placement().device.is_some(),
+        };
+        let split = parting::agree(store, self.rank(), self.size(), &mine, self.timeout())?;
+        Ok(split.then_some(parent))
     }
 
     fn check_members(&self, ranks: &[usize], argument: &'static str) -> Result<()> {

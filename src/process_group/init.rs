@@ -226,6 +226,7 @@ fn form_world(spec: BackendSpec, options: InitOptions) -> Result<ProcessGroup> {
         // The same on ranks with and without a GPU where the user left the choice to us.
         backend_name: names.first().copied().unwrap_or_default().to_owned(),
         pytorch_keys: names.iter().all(|name| matches!(*name, "gloo" | "nccl")),
+        names_device: (cuda.as_deref() == Some("nccl")).then_some(options.device.is_some()),
     })?;
     let base = PrefixStore::new("0/", met.store);
     let local_rank = met.local_rank;

@@ -17,6 +17,7 @@ mod groups;
 mod init;
 mod objects;
 mod p2p;
+mod parting;
 mod reduce_op;
 mod spec;
 mod state;

@@ -51,6 +51,8 @@ pub(super) struct Hello {
     pub(super) process: String,
     /// Which claim of its process it is.
     pub(super) claim: u64,
+    /// Where NCCL has a part in the world: whether this rank's user named its device.
+    pub(super) names_device: Option<bool>,
 }
 
 /// How a meeting ended.
@@ -86,7 +88,7 @@ impl Hello {
         let host = this_host();
         let (pid, process) = (std::process::id(), PROCESS.clone());
         let claim = claim.number();
-        Self { world_size, backend, group_name, run_id, host, pid, process, claim }
+        Self { world_size, backend, group_name, run_id, host, pid, process, claim, names_device: None }
     }
 
     fn place(&self) -> String {
@@ -122,6 +124,16 @@ impl Hello {
         }
         if self.group_name != other.group_name {
             return differ("group name", &self.group_name, &other.group_name);
+        }
+        // NCCL connects those that do at once, and they would wait for the first operation of those that do not.
+        if let (Some(own), Some(others_own)) = (self.names_device, other.names_device)
+            && own != others_own
+        {
+            let (names, does_not) = if own { (rank, others) } else { (others, rank) };
+            return Some(format!(
+                "ranks disagree about the device: rank {names} names its own (InitOptions::device), rank {does_not} \
+                 does not; with nccl all ranks name theirs, or none"
+            ));
         }
         None
     }

@@ -43,6 +43,8 @@ pub(crate) struct RendezvousRequest {
     /// Every backend is libtorch's own, so that Python ranks can be in the world: the store holds
     /// PyTorch's keys and nothing of ours.
     pub(crate) pytorch_keys: bool,
+    /// Where NCCL has a part in it: whether the user named this rank's device.
+    pub(crate) names_device: Option<bool>,
 }
 
 /// A world whose ranks have met.
@@ -148,8 +150,9 @@ fn rendezvous_in(request: RendezvousRequest, env: Lookup<'_>) -> Result<Rendezvo
         return Ok(Rendezvous { store, rank, world_size, local_rank, claim: None });
     }
     let claim = Claim::new();
-    let hello =
+    let mut hello =
         Hello::new(world_size, request.backend_name, request.group_name, environment::run_id(env), &claim);
+    hello.names_device = request.names_device;
     let met = Meeting::new(&venue, rank, hello, request.timeout).run()?;
     let counted = met.hosts.get(rank).map(|own| met.hosts[..rank].iter().filter(|host| *host == own).count());
     let local_rank = local_rank.or(counted);

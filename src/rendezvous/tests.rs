@@ -19,6 +19,7 @@ fn request(rank: usize, size: usize) -> RendezvousRequest {
         group_name: String::new(),
         backend_name: "native".to_owned(),
         pytorch_keys: false,
+        names_device: None,
     }
 }
 
@@ -195,6 +196,20 @@ fn ranks_that_disagree_about_the_world_are_told_on_both_sides() {
         let text = text(result);
         assert!(text.contains("group name"), "{text}");
     }
+}
+
+#[test]
+fn where_only_some_ranks_name_a_device_for_nccl_every_rank_is_told_which() {
+    let url = free();
+    let request = |rank| RendezvousRequest { names_device: Some(rank != 1), ..at(&url, rank, 3) };
+    for result in all((0..3).map(request).collect()) {
+        let text = text(result);
+        assert!(text.contains("device") && text.contains("rank 1 does not"), "{text}");
+    }
+    // A rank without NCCL has nothing to name; who disagrees with it about backends hears that elsewhere.
+    let url = free();
+    let request = |rank| RendezvousRequest { names_device: (rank > 0).then_some(true), ..at(&url, rank, 3) };
+    share(&all((0..3).map(request).collect()));
 }
 
 #[test]

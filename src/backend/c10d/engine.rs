@@ -131,21 +131,22 @@ impl Engine {
         Self::new(Flavor::Nccl, backend, Device::Cuda(device), witness, false, Some(Mutex::new(side)))
     }
 
-    /// The engine of some of this group's ranks, by NCCL's communicator split; every rank calls it. `None` where this is
-    /// no NCCL engine, `Some(None)` on ranks that are not among them.
+    pub(super) fn is_nccl(&self) -> bool {
+        self.0.flavor == Flavor::Nccl
+    }
+
+    /// The engine of some of this group's ranks, by NCCL's communicator split; every rank calls it. `None` on ranks that
+    /// are not among them.
     pub(super) fn split(
         &self,
         member: &C10dMember<'_>,
         members: &[usize],
         plan: NcclPlan,
-    ) -> Option<Told<Option<C10dBackend>>> {
-        if self.0.flavor != Flavor::Nccl {
-            return None;
-        }
-        let backend = self.0.backend.as_ref()?;
+    ) -> Told<Option<C10dBackend>> {
+        let backend = self.0.backend.as_ref().ok_or("the group is gone")?;
         // Nothing may be started in between: its place among the operations is the same on every rank.
         let _order = self.0.order.lock();
-        Some(backend.split(member, members, plan))
+        backend.split(member, members, plan)
     }
 
     fn new(

@@ -32,4 +32,4 @@ mod tests;
 pub(super) use crate::libtorch::why_no_nccl;
 pub(super) use gloo::create as create_gloo;
 pub(super) use nccl::create as create_nccl;
-pub(crate) use nccl::split as split_nccl;
+pub(crate) use nccl::{has_communicator, leave_split, split as split_nccl};

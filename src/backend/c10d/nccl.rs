@@ -75,43 +75,54 @@ pub(crate) fn create(context: BackendContext, placement: Placement) -> Result<Ar
     Ok(Arc::new(Engine::nccl(backend, device, side, witness)))
 }
 
-/// The engine of some ranks of an NCCL group, whose communicator is split off the group's instead of connected anew.
-/// Every rank of the group calls it; `members` are ranks of it, and `context` is there where this rank is one of them.
-/// `None` where this rank is none, or where there is nothing to split: the group has no NCCL engine, or its ranks named
-/// no devices.
+/// Whether a group's backend has a communicator of NCCL, which can be split.
+pub(crate) fn has_communicator(backend: &dyn CollectiveBackend) -> bool {
+    engine(backend).is_some()
+}
+
+fn engine(backend: &dyn CollectiveBackend) -> Option<&Engine> {
+    backend.as_any().and_then(|any| any.downcast_ref::<Engine>()).filter(|engine| engine.is_nccl())
+}
+
+fn not_split(text: impl Into<String>) -> Error {
+    Error::Rendezvous { reason: format!("nccl could not split a group: {}", text.into()) }
+}
+
+/// The engine of some ranks of an NCCL group, whose communicator is split off the group's instead of connected anew:
+/// `members` are ranks of the group, which connected when it was made. The other ranks call [`leave_split`].
 pub(crate) fn split(
     parent: &dyn CollectiveBackend,
     members: &[usize],
-    context: Option<BackendContext>,
+    context: BackendContext,
     placement: Placement,
-) -> Result<Option<Arc<dyn CollectiveBackend>>> {
-    // Communicators of ranks that named no device may not be there yet, on any of them.
-    if placement.device.is_none() {
-        return Ok(None);
-    }
-    let Some(parent) = parent.as_any().and_then(|any| any.downcast_ref::<Engine>()) else { return Ok(None) };
-    let failed = |text: String| Error::Rendezvous { reason: format!("nccl could not split a group: {text}") };
-    let Some(BackendContext { store, rank, size, ranks, timeout, group_name }) = context else {
-        // No key of it is read.
-        let nowhere = C10dStore::from_rust(Arc::new(HashStore::new())).map_err(failed)?;
-        let plan = plan(placement, TIMEOUT);
-        let member =
-            C10dMember { store: &nowhere, rank: 0, ranks: &[], name: "", timeout_ms: plan.timeout_ms };
-        parent.split(&member, members, plan).transpose().map_err(failed)?;
-        return Ok(None);
-    };
+) -> Result<Arc<dyn CollectiveBackend>> {
+    let parent = engine(parent).ok_or_else(|| not_split("it has no communicator"))?;
+    let BackendContext { store, rank, size, ranks, timeout, group_name } = context;
     let witness = Witness { store: store.clone(), rank, size };
     witness.arrive()?;
-    let store = C10dStore::from_rust(store).map_err(failed)?;
-    store.set_timeout(timeout).map_err(failed)?;
+    let store = C10dStore::from_rust(store).map_err(not_split)?;
+    store.set_timeout(timeout).map_err(not_split)?;
     let member =
         C10dMember { store: &store, rank, ranks: &ranks, name: &group_name, timeout_ms: millis(timeout) };
     let plan = plan(placement, timeout);
-    let Some(backend) = parent.split(&member, members, plan).transpose().map_err(failed)?.flatten() else {
-        return Ok(None);
-    };
+    let backend = parent.split(&member, members, plan).map_err(not_split)?;
+    let backend = backend.ok_or_else(|| not_split("this rank was left out"))?;
     let device = placement.cuda();
-    let side = SideStream::new(device, plan.high_priority).map_err(failed)?;
+    let side = SideStream::new(device, plan.high_priority).map_err(not_split)?;
     witness.settle()?;
-    Ok(Some(Arc::new(Engine::nccl(backend, device, side, witness))))
+    Ok(Arc::new(Engine::nccl(backend, device, side, witness)))
+}
+
+/// This rank's part in the split for a group that it is not in.
+pub(crate) fn leave_split(
+    parent: &dyn CollectiveBackend,
+    members: &[usize],
+    placement: Placement,
+) -> Result<()> {
+    let parent = engine(parent).ok_or_else(|| not_split("it has no communicator"))?;
+    // No key of it is read.
+    let nowhere = C10dStore::from_rust(Arc::new(HashStore::new())).map_err(not_split)?;
+    let plan = plan(placement, TIMEOUT);
+    let member = C10dMember { store: &nowhere, rank: 0, ranks: &[], name: "", timeout_ms: plan.timeout_ms };
+    parent.split(&member, members, plan).map(drop).map_err(not_split)
 }

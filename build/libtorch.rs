@@ -136,8 +136,8 @@ impl Libtorch {
         }
         Err(format!(
             "libtorch {version} in {} is not a version that tch-distributed has been tested with.\n\
-             Tested versions: {}. (tch 0.26 wants 2.13.0, tch 0.24 wants 2.11.0; there is no tch for 2.12.0 on \
-             crates.io, and both take it where LIBTORCH_BYPASS_VERSION_CHECK=1 is set.)\n\
+             Tested versions: {}. (tch 0.26 wants 2.13.0, tch 0.24 wants 2.11.0; none was published for 2.12.0, \
+             and both take it where LIBTORCH_BYPASS_VERSION_CHECK=1 is set.)\n\
              `cargo xtask setup` in the repository of tch-distributed provides the right one.\n\
              To build with this one all the same, set {ACCEPT_UNTESTED}=1.",
             self.lib.display(),

@@ -2,7 +2,7 @@
 //!
 //! One archive holds the programs for every libtorch that this crate is tested with, the script that runs them, and
 //! PyTorch's side of the comparison. A version that this repository's `Cargo.lock` does not want is built in a copy of the
-//! repository whose lock file has the tch that wants it, if there is one on crates.io.
+//! repository whose lock file has the tch that wants it, if that was published.
 
 use std::env;
 use std::fs::{self, File};
@@ -62,7 +62,7 @@ pub(crate) fn run(arguments: &[String]) -> Result<()> {
             }
             false => {
                 let copy = copy_of_repository(&target.join(format!("gpu-source-{}", release.libtorch)))?;
-                // What is not on crates.io cannot be taken from there: then the tch of this repository serves.
+                // What was not published cannot be had: then the tch of this repository serves.
                 for package in ["tch", "torch-sys"].iter().filter(|_| release.published) {
                     let version = format!("{}.0", release.tch);
                     output(cargo_in(&copy).args(["update", "--package", package, "--precise", &version]))?;

@@ -27,7 +27,7 @@ pub(crate) struct Release {
     pub(crate) libtorch: &'static str,
     /// The tch that wants it.
     pub(crate) tch: &'static str,
-    /// Whether that tch is on crates.io. Where it is not, another one takes this libtorch when
+    /// Whether that tch was published. Where it was not, another one takes this libtorch when
     /// `LIBTORCH_BYPASS_VERSION_CHECK` is set.
     pub(crate) published: bool,
     torch: Wheel,

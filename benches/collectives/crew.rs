@@ -10,7 +10,7 @@ use std::time::Duration;
 use tch_distributed as dist;
 
 use super::cases::Case;
-use super::mpi::{self, Mpi};
+use super::mpi::{self, Flavour, Mpi};
 use super::report::median;
 use super::training::Mode;
 use super::{member, model};
@@ -25,17 +25,18 @@ pub(crate) enum Engine {
     Gloo,
     /// What a good implementation reaches, without the rest of one.
     Model,
-    Mpi,
+    Mpi(Flavour),
 }
 
-pub(crate) const ENGINES: [Engine; 7] = [
+pub(crate) const ENGINES: [Engine; 8] = [
     Engine::SharedMemory,
     Engine::Allocated,
     Engine::Tcp,
     Engine::Threads,
     Engine::Gloo,
     Engine::Model,
-    Engine::Mpi,
+    Engine::Mpi(Flavour::OpenMpi),
+    Engine::Mpi(Flavour::Mpich),
 ];
 
 impl Engine {
@@ -48,7 +49,7 @@ impl Engine {
             Self::Allocated => ("native", "shm-allocated"),
             Self::Gloo => ("gloo", "tcp"),
             Self::Model => ("model", "staged"),
-            Self::Mpi => ("mpi", "shm"),
+            Self::Mpi(flavour) => (flavour.name(), "shm"),
         }
     }
 
@@ -56,7 +57,7 @@ impl Engine {
     pub(crate) fn does(self, case: &Case) -> bool {
         match self {
             Self::Model => model::does(case),
-            Self::Mpi => mpi::does(case),
+            Self::Mpi(_) => mpi::does(case),
             Self::Allocated => case.bytes > 0,
             _ => true,
         }
@@ -64,7 +65,7 @@ impl Engine {
 
     /// Whether it has process groups, to train with.
     pub(crate) fn trains(self) -> bool {
-        !matches!(self, Self::Model | Self::Mpi)
+        !matches!(self, Self::Model | Self::Mpi(_))
     }
 }
 
@@ -98,8 +99,8 @@ impl Crew {
         let (backend, transport) = engine.names();
         let (sender, answers) = mpsc::channel();
         let mut crew = Self { engine, world, members: Vec::new(), answers, mpi: None };
-        if engine == Engine::Mpi {
-            crew.mpi = Some(Mpi::new(world)?);
+        if let Engine::Mpi(flavour) = engine {
+            crew.mpi = Some(Mpi::new(flavour, world)?);
             return Ok(crew);
         }
         if engine != Engine::Model && !dist::is_backend_available(backend) {
@@ -120,7 +121,7 @@ impl Crew {
                 Engine::Allocated => {
                     command.env("TCH_DISTRIBUTED_TRANSPORT", "shm").env(member::ALLOCATE, "1");
                 }
-                Engine::Gloo | Engine::Mpi => {}
+                Engine::Gloo | Engine::Mpi(_) => {}
                 Engine::SharedMemory | Engine::Tcp => {
                     command.env("TCH_DISTRIBUTED_TRANSPORT", transport);
                 }

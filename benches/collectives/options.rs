@@ -17,8 +17,8 @@ cargo xtask bench [options]
   --kinds LIST        of f32, f64, f16, bf16, i32, u8 (f32)
   --worlds LIST       numbers of ranks (2)
   --engines LIST      of native/shm, native/shm-allocated (tensors that the engine allocated), native/tcp,
-                      native/threads, gloo/tcp, model/staged (what private tensors allow), mpi/shm (if there
-                      is mpicc) (all there are)
+                      native/threads, gloo/tcp, model/staged (what private tensors allow), openmpi/shm and
+                      mpich/shm (where they are installed) (all there are)
   --train LIST        of mlp_25m, gpt_10m: steps of data-parallel training beside steps alone; tp_mlp:
                       tensor-parallel layers beside the same work alone plus their collectives (none)
   --rounds N          interleaved rounds (7)

@@ -3,6 +3,7 @@
 use tch::Kind;
 
 use super::cases::{COLLECTIVES, Case, Collective};
+use super::mpi::Flavour;
 use super::report::Row;
 
 const KIB: usize = 1 << 10;
@@ -84,9 +85,9 @@ fn verdicts(rows: &[Row]) -> Vec<Verdict> {
                 })
                 .map(|r| r.median_us / row.median_us)
         };
-        let (gloo, model, mpi) = (row.ratio_gloo, row.ratio_model, other("mpi", "shm"));
+        let (gloo, model) = (row.ratio_gloo, row.ratio_model);
+        let mut over_mpi = None;
         const OVER_GLOO: &str = "times faster than Gloo";
-        const OVER_MPI: &str = "times faster than MPI";
         const OF_MODEL: &str = "times the staged model";
         match (row.transport, row.collective) {
             ("shm", "all_reduce") if row.kind == "bf16" => add(OVER_GLOO, gloo, 8.0, false),
@@ -95,17 +96,17 @@ fn verdicts(rows: &[Row]) -> Vec<Verdict> {
                     add(OF_MODEL, model, 1.5, true);
                 }
                 add(OVER_GLOO, gloo, 8.0, false);
-                add(OVER_MPI, mpi, 1.0, false);
+                over_mpi = Some(1.0);
             }
             ("shm", "all_reduce") if row.bytes <= 64 * KIB => {
                 add(OF_MODEL, model, 3.0, true);
                 add(OVER_GLOO, gloo, 50.0, false);
-                add(OVER_MPI, mpi, 1.0, false);
+                over_mpi = Some(1.0);
             }
             ("shm", "all_reduce") => {
                 add(OF_MODEL, model, 1.5, true);
                 add(OVER_GLOO, gloo, if row.bytes < 16 * MIB { 20.0 } else { 8.0 }, false);
-                add(OVER_MPI, mpi, 1.5, false);
+                over_mpi = Some(1.5);
             }
             ("shm-allocated", "all_reduce") if row.kind == "f32" && row.bytes >= 64 * KIB => {
                 add("times faster than private tensors", other("native", "shm"), 1.0, false);
@@ -125,9 +126,13 @@ fn verdicts(rows: &[Row]) -> Vec<Verdict> {
             ("shm", "tp_mlp") => add("times its parts", Some(row.ratio_floor), 1.0, true),
             ("shm", collective) => {
                 add(OVER_GLOO, gloo, if collective == "all_to_all" { 2.0 } else { 4.0 }, false);
-                add(OVER_MPI, mpi, 1.0, false);
+                over_mpi = Some(1.0);
             }
             _ => {}
+        }
+        for flavour in [Flavour::OpenMpi, Flavour::Mpich] {
+            let Some(limit) = over_mpi else { continue };
+            add(&format!("times faster than {}", flavour.name()), other(flavour.name(), "shm"), limit, false);
         }
     }
     verdicts

@@ -121,9 +121,11 @@ fn collectives(group: &ProcessGroup, device: Device) -> Result<()> {
     group.all_reduce(&mut t, ReduceOp::Avg)?;
     let total: i64 = (0..size as i64).map(|r| -3 - 2 * r).sum();
     expect("Avg of Int64", &t, &Tensor::from_slice(&[total / size as i64]))?;
-    let mut t = Tensor::from_slice(&[2f32]).to_device(device);
-    group.all_reduce(&mut t, ReduceOp::PremulSum(0.5))?;
-    expect("PremulSum", &t, &Tensor::from_slice(&[size as f32]))?;
+    for kind in [Kind::Half, Kind::BFloat16, Kind::Float, Kind::Double] {
+        let mut t = Tensor::from_slice(&[2f32]).to_kind(kind).to_device(device);
+        group.all_reduce(&mut t, ReduceOp::PremulSum(0.5))?;
+        expect(&format!("PremulSum of {kind:?}"), &t, &Tensor::from_slice(&[size as f32]))?;
+    }
     group.barrier()
 }
 

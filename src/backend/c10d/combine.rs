@@ -93,7 +93,9 @@ pub(super) fn combine(flavor: Flavor, op: ReduceOp, kind: Kind, size: usize) -> 
         ReduceOp::Min => MIN,
         ReduceOp::Max => MAX,
         ReduceOp::PremulSum(f) if float || complex => {
-            if flavor == Flavor::Nccl && float {
+            // libtorch up to 2.13 hands NCCL a factor of the wrong width with BFloat16: half of its bits, which for a
+            // power of two are all 0 (https://github.com/pytorch/pytorch/issues/190745).
+            if flavor == Flavor::Nccl && float && kind != BFloat16 {
                 factor = f;
                 PREMUL_SUM
             } else {
@@ -175,4 +177,23 @@ impl Combine {
 /// to the device would wait for what the device was given before.
 fn scalar(value: f64, like: &Tensor) -> Result<Tensor> {
     Ok(Tensor::f_from_slice(&[value])?.f_to_kind(like.f_kind()?)?.f_view([] as [i64; 0])?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nccl_multiplies_itself_where_libtorch_hands_it_the_factor_whole() {
+        for kind in [Kind::Half, Kind::Float, Kind::Double] {
+            let combine = combine(Flavor::Nccl, ReduceOp::PremulSum(0.5), kind, 2).unwrap();
+            assert_eq!(
+                (combine.how.op, combine.how.factor, combine.scale),
+                (PREMUL_SUM, 0.5, None),
+                "{kind:?}"
+            );
+        }
+        let combine = combine(Flavor::Nccl, ReduceOp::PremulSum(0.5), Kind::BFloat16, 2).unwrap();
+        assert_eq!((combine.how.op, combine.scale), (SUM, Some(0.5)));
+    }
 }

@@ -4,6 +4,7 @@
 //! PyTorch's side of the comparison. A version that this repository's `Cargo.lock` does not want is built in a copy of the
 //! repository whose lock file has the tch that wants it, if that was published.
 
+use std::collections::HashSet;
 use std::env;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -44,7 +45,8 @@ pub(crate) fn run(arguments: &[String]) -> Result<()> {
         fs::copy(root().join("tests/gpu").join(file), bundle.join(file))?;
     }
     for release in releases {
-        println!("=== libtorch {}, tch {}", release.libtorch, release.tch);
+        let tch = if release.published { release.tch } else { "of this repository" };
+        println!("=== libtorch {}, tch {tch}", release.libtorch);
         let mut build = vec![
             "test",
             "--release",
@@ -108,19 +110,40 @@ fn copy_of_repository(folder: &Path) -> Result<PathBuf> {
         .output()
         .context("git does not start")?;
     ensure!(list.status.success(), "git ls-files failed");
-    for file in String::from_utf8(list.stdout)?.lines() {
+    let list = String::from_utf8(list.stdout)?;
+    let files: HashSet<&Path> =
+        list.lines().map(Path::new).filter(|file| root().join(file).is_file()).collect();
+    if folder.exists() {
+        remove_others(folder, Path::new(""), &files)?;
+    }
+    for file in &files {
         let (from, to) = (root().join(file), folder.join(file));
-        if !from.is_file() {
-            continue;
-        }
         // What has not changed stays as it is, so that cargo does not build it again.
         if fs::read(&to).is_ok_and(|old| fs::read(&from).is_ok_and(|new| old == new)) {
             continue;
         }
         fs::create_dir_all(to.parent().context("a file is in a folder")?)?;
-        fs::copy(&from, &to).with_context(|| format!("cannot copy {file}"))?;
+        fs::copy(&from, &to).with_context(|| format!("cannot copy {}", file.display()))?;
     }
     Ok(folder.to_owned())
+}
+
+/// Removes what an earlier copy has left and the repository no longer has: a module that has moved would be there twice.
+/// What cargo and the set-up make stays.
+fn remove_others(copy: &Path, inside: &Path, files: &HashSet<&Path>) -> Result<()> {
+    for entry in fs::read_dir(copy.join(inside))? {
+        let entry = entry?;
+        let path = inside.join(entry.file_name());
+        if path == Path::new("target") || path == Path::new(".cargo/libtorch.toml") {
+            continue;
+        }
+        if entry.file_type()?.is_dir() {
+            remove_others(copy, &path, files)?;
+        } else if !files.contains(&*path) {
+            fs::remove_file(copy.join(&path)).with_context(|| format!("cannot remove {}", path.display()))?;
+        }
+    }
+    Ok(())
 }
 
 /// cargo in a copy, without the libtorch of this repository, which this process has in its environment.
@@ -152,6 +175,21 @@ fn executable(messages: &str, test: &str) -> Option<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_the_repository_no_longer_has_goes_from_the_copy_and_what_was_built_stays() {
+        let copy = tempfile::tempdir().unwrap();
+        let all = ["src/a.rs", "src/b/mod.rs", "src/b.rs", "target/x/y.rs", ".cargo/libtorch.toml"];
+        for file in all {
+            let path = copy.path().join(file);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, "").unwrap();
+        }
+        let files = HashSet::from([Path::new("src/a.rs"), Path::new("src/b/mod.rs")]);
+        remove_others(copy.path(), Path::new(""), &files).unwrap();
+        let left: Vec<_> = all.into_iter().filter(|file| copy.path().join(file).is_file()).collect();
+        assert_eq!(left, ["src/a.rs", "src/b/mod.rs", "target/x/y.rs", ".cargo/libtorch.toml"]);
+    }
 
     #[test]
     fn the_program_of_a_test_is_found_in_cargos_messages() {

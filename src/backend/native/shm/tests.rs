@@ -142,13 +142,14 @@ fn run(rank: &SharedMemory, call: Call<'static>, seq: u64, driven: bool) -> Resu
         assert!(rank.run_inline(call, stamp, &Deadline::after(Duration::from_secs(20)))?.is_none());
         return Ok(());
     }
-    let mut run = rank.start(call, stamp)?;
+    let (mut run, limit) = (rank.start(call, stamp)?, Instant::now() + Duration::from_secs(60));
     loop {
         match run.advance()? {
             Progress::Done => return Ok(()),
             Progress::Moved => {}
             Progress::Idle => rank.park(soon()),
         }
+        assert!(Instant::now() < limit, "call {seq} does not end");
     }
 }
 

@@ -130,9 +130,10 @@ fn verdicts(rows: &[Row]) -> Vec<Verdict> {
             }
             _ => {}
         }
-        for flavour in [Flavour::OpenMpi, Flavour::Mpich] {
-            let Some(limit) = over_mpi else { continue };
-            add(&format!("times faster than {}", flavour.name()), other(flavour.name(), "shm"), limit, false);
+        if let Some(limit) = over_mpi {
+            for name in [Flavour::OpenMpi, Flavour::Mpich].map(Flavour::name) {
+                add(&format!("times faster than {name}"), other(name, "shm"), limit, false);
+            }
         }
     }
     verdicts

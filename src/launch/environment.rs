@@ -84,25 +84,27 @@ pub(crate) fn number<T: FromStr>(variable: &str) -> Option<T> {
     std::env::var(variable).ok()?.parse().ok()
 }
 
-/// A word that no other job has.
-pub(crate) fn nonce() -> String {
+fn random() -> u64 {
     // Each RandomState is keyed anew from the system's randomness.
     let mut hasher = RandomState::new().build_hasher();
     hasher.write_u32(std::process::id());
-    format!("{:016x}", hasher.finish())
+    hasher.finish()
+}
+
+/// A word that no other job has.
+pub(crate) fn nonce() -> String {
+    format!("{:016x}", random())
 }
 
 /// A port of this machine that nobody uses now.
 pub(crate) fn free_port() -> std::io::Result<u16> {
     // Where this process begins, and goes on: what it was told is not told again before it is in use.
-    static NEXT: Lazy<AtomicU64> = Lazy::new(|| {
-        let mut hasher = RandomState::new().build_hasher();
-        hasher.write_u32(std::process::id());
-        AtomicU64::new(hasher.finish() >> 1)
-    });
+    static NEXT: Lazy<AtomicU64> = Lazy::new(|| AtomicU64::new(random() % PORTS));
+    /// Below the range that the kernel hands out, so that no outgoing connection takes one meanwhile.
+    const FIRST: u16 = 20_000;
+    const PORTS: u64 = 12_000;
     for _ in 0..2000 {
-        // Below the range that the kernel hands out, so that no outgoing connection takes it meanwhile.
-        let port = 20_000 + (NEXT.fetch_add(7, Ordering::Relaxed) % 12_000) as u16;
+        let port = FIRST + (NEXT.fetch_add(7, Ordering::Relaxed) % PORTS) as u16;
         if TcpListener::bind(("0.0.0.0", port)).is_ok() {
             return Ok(port);
         }

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use crate::store::{Store, failed};
+use crate::store::{Store, absent, failed};
 use crate::{Error, Result};
 
 /// What a rank was told of the new group.
@@ -49,12 +49,7 @@ pub(super) fn agree(
     let waited = store.wait(&keys.iter().map(String::as_str).collect::<Vec<_>>(), timeout);
     if let Err(error) = waited {
         // A store that does not answer says nothing of other ranks.
-        let mut missing = Vec::new();
-        for (rank, key) in keys.iter().enumerate() {
-            if !store.check(&[key])? {
-                missing.push(rank);
-            }
-        }
+        let missing = absent(store, &keys)?;
         return Err(match missing[..] {
             [] => error,
             _ => Error::Timeout {

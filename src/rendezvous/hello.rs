@@ -27,7 +27,7 @@ use super::claim::Claim;
 use super::patience::Patience;
 use crate::launch::nonce;
 use crate::store::wire::Wire;
-use crate::store::{PrefixStore, Store, TcpStore};
+use crate::store::{PrefixStore, Store, TcpStore, absent};
 use crate::{Error, Result};
 
 /// Where PyTorch's Gloo ranks leave their addresses.
@@ -437,13 +437,7 @@ pub(super) fn mixed(native: &str, place: &str) -> String {
 }
 
 fn missing(base: &PrefixStore<Arc<dyn Store>>, generation: i64, size: usize) -> Result<Vec<usize>> {
-    let mut missing = Vec::new();
-    for rank in 0..size {
-        if !base.check(&[&format!("{generation}/hello/{rank}")])? {
-            missing.push(rank);
-        }
-    }
-    Ok(missing)
+    absent(base, (0..size).map(|rank| format!("{generation}/hello/{rank}")))
 }
 
 /// This host's name.

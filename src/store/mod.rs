@@ -117,3 +117,17 @@ impl<S: Store + ?Sized> Store for Arc<S> {
         (**self).set_timeout(timeout);
     }
 }
+
+/// Which of these keys are not there, by their places among them. Does not wait.
+pub(crate) fn absent<K: AsRef<str>>(
+    store: &dyn Store,
+    keys: impl IntoIterator<Item = K>,
+) -> Result<Vec<usize>> {
+    let mut absent = Vec::new();
+    for (at, key) in keys.into_iter().enumerate() {
+        if !store.check(&[key.as_ref()])? {
+            absent.push(at);
+        }
+    }
+    Ok(absent)
+}

@@ -134,24 +134,29 @@ fn killing_any_rank_in_training_ends_all_others_within_two_seconds_with_its_numb
         be_a_rank();
     }
     let test = "processes::killing_any_rank_in_training_ends_all_others_within_two_seconds_with_its_number";
-    let mut soonest = Duration::MAX;
     for victim in 0..SIZE {
-        let mut world = World::start(test, 0..SIZE, 60);
-        (0..SIZE).for_each(|rank| drop(world.line_with(rank, "training", seconds_from_now(60))));
-        world.0[victim].process.kill().unwrap();
-        let killed = Instant::now();
-        let (told, gone) = (seconds_from_now(30), seconds_from_now(60));
-        let others = || (0..SIZE).filter(move |&rank| rank != victim);
-        for rank in others() {
-            let said = world.line_with(rank, "ended", told);
-            assert!(said.contains(&format!("PeerLost {{ rank: {victim},")), "rank {rank} said {said:?}");
-        }
-        soonest = soonest.min(killed.elapsed());
-        // Taking libtorch down takes the time that a busy machine gives it.
-        others().for_each(|rank| world.gone(rank, gone));
+        // A machine that is busy with other things may hold up one of these worlds, not all three.
+        let quick = (0..3).any(|_| told_after_killing(victim, test) < Duration::from_secs(2));
+        assert!(quick, "three times the others took longer to hear of the end of rank {victim}");
     }
-    // A machine that is busy with other things may hold up one of these worlds, not all.
-    assert!(soonest < Duration::from_secs(2), "{soonest:?}");
+}
+
+/// Kills a rank in training: how long it took until all others had said whom they lost.
+fn told_after_killing(victim: usize, test: &str) -> Duration {
+    let mut world = World::start(test, 0..SIZE, 60);
+    (0..SIZE).for_each(|rank| drop(world.line_with(rank, "training", seconds_from_now(60))));
+    world.0[victim].process.kill().unwrap();
+    let killed = Instant::now();
+    let (told, gone) = (seconds_from_now(30), seconds_from_now(60));
+    let others = || (0..SIZE).filter(move |&rank| rank != victim);
+    for rank in others() {
+        let said = world.line_with(rank, "ended", told);
+        assert!(said.contains(&format!("PeerLost {{ rank: {victim},")), "rank {rank} said {said:?}");
+    }
+    let took = killed.elapsed();
+    // Taking libtorch down takes the time that a busy machine gives it.
+    others().for_each(|rank| world.gone(rank, gone));
+    took
 }
 
 #[test]

@@ -14,12 +14,14 @@ pub(crate) fn run(arguments: &[String]) -> Result<()> {
     // All of them, also where one fails: a run is dear.
     let mut every = cargo();
     every.args(["test", "--no-fail-fast"]);
-    match arguments {
-        [only] if only == "--second-look" => second_look::run(&mut every)?,
-        _ => execute(every.args(arguments))?,
+    let twice = arguments == ["--second-look"];
+    if twice {
+        second_look::run(&mut every)?;
+    } else {
+        execute(every.args(arguments))?;
     }
     // Apart, because as one workspace the two would share features, and libtorch's bindings be compiled twice.
-    if arguments.iter().all(|argument| argument == "--second-look") {
+    if twice || arguments.is_empty() {
         execute(cargo().args(["test", "--quiet", "--package", "xtask"]))?;
     }
     Ok(())

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::options::Options;
 use crate::backend::BackendContext;
 use crate::rendezvous::{list, patience::Patience};
-use crate::store::Store;
+use crate::store::{Store, absent};
 use crate::{Error, Result};
 
 /// The version of everything ranks say to one another.
@@ -133,12 +133,7 @@ impl Meeting {
         loop {
             let slice = SLICE.min(patience.left()).max(Duration::from_millis(1));
             let Err(error) = self.store.wait(keys, slice) else { return Ok(()) };
-            let mut missing = Vec::new();
-            for (i, key) in keys.iter().enumerate() {
-                if !self.store.check(&[key])? {
-                    missing.push(whose(i));
-                }
-            }
+            let missing: Vec<usize> = absent(&*self.store, keys)?.into_iter().map(whose).collect();
             if missing.is_empty() {
                 // They came just now, or the store has another complaint.
                 return self.store.wait(keys, slice).map_err(|_| error);

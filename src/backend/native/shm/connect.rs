@@ -12,7 +12,7 @@ use super::door::Door;
 use super::segment::{Layout, Segment};
 use super::{Inner, SharedMemory};
 use crate::backend::BackendContext;
-use crate::backend::native::meet::Meeting;
+use crate::backend::native::meet::{Meeting, random};
 use crate::{Error, Result};
 
 /// The most staging memory of a process, over all its groups.
@@ -174,8 +174,5 @@ fn open(ranks: usize, words: &[u8]) -> io::Result<Segment> {
 
 /// A number that no other group has.
 pub(super) fn nonce() -> u64 {
-    use std::hash::{BuildHasher, Hasher};
-    let mut hasher = std::collections::hash_map::RandomState::new().build_hasher();
-    hasher.write_u32(std::process::id());
-    hasher.finish()
+    random() as u64
 }

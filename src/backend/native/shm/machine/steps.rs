@@ -34,9 +34,11 @@ pub(super) struct Position {
 
 impl Machine<'_> {
     /// Where the data of the others can be read in place, and whether this rank's is.
-    fn locate(&self, inner: &Inner) -> Result<Direct> {
+    fn locate(&self, inner: &Inner, stages: &Stages) -> Result<Direct> {
         let mut direct = Direct::new(inner.ranks(), self.direct);
-        for r in (0..inner.ranks()).filter(|&r| r != inner.rank) {
+        // Who lends waits for those who read. For the others its tensor may be gone by now.
+        let reads = |r: usize| stages.reduce.is_some() || matches!(stages.gather.get(r), Some(Some(_)));
+        for r in (0..inner.ranks()).filter(|&r| r != inner.rank && reads(r)) {
             let bytes = self.header(inner, r).extent;
             if bytes & ((1 << STEP_BITS) - 1) == 0 {
                 // It came with the header.
@@ -63,7 +65,7 @@ impl Machine<'_> {
                 to.range.clone(),
             );
         }
-        let direct = self.locate(inner)?;
+        let direct = self.locate(inner, &stages)?;
         let unless = |there: bool| if there { 0 } else { steps };
         let done = [
             unless(!matches!(stages.fill, Fill::None) && !self.direct),

@@ -106,6 +106,31 @@ fn what_a_rank_lent_before_it_gave_up_is_not_taken_for_a_result() {
 }
 
 #[test]
+fn who_reads_nothing_of_a_lent_tensor_does_not_look_for_it() {
+    let (group, kind) = (group(3, 4096), Kind::Float);
+    // Large enough for slabs of their own, which go with them.
+    let mine = |me| data(me, 0, 3 << 20, kind);
+    let gather = |input: &Tensor, outputs: &[Tensor]| {
+        call(Op::Gather { dst: 0 }, kind, std::slice::from_ref(input), outputs, 0)
+    };
+    // Rank 2 has begun the call and sleeps; its tensor needs nothing of it, so the others end.
+    let last = gather(&lent(&mine(2)), &[]);
+    let stamp = Stamp { seq: 1, fingerprint: fingerprint(&last) };
+    let mut last = group[2].start(last, stamp).unwrap();
+    assert_eq!(last.advance().unwrap(), Progress::Idle);
+    on_all(&group[..2], |me, rank| match me {
+        0 => {
+            let all: Vec<Tensor> = (0..3).map(|_| blank(3 << 20, kind)).collect();
+            run(rank, gather(&mine(0), &all), 1, false).unwrap();
+            assert!(all.iter().zip(0..).all(|(got, r)| got.equal(&mine(r))));
+        }
+        _ => run(rank, gather(&lent(&mine(1)), &[]), 1, false).unwrap(),
+    });
+    // The tensor of rank 1 is gone.
+    while last.advance().unwrap() != Progress::Done {}
+}
+
+#[test]
 fn a_driven_call_that_is_given_up_takes_its_tensor_back() {
     let group = group(2, 4096);
     let tensor = lent(&data(0, 0, 50_000, Kind::Float));

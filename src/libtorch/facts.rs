@@ -59,6 +59,7 @@ pub(crate) enum NoFacts {
 }
 
 /// Looks at a tensor once.
+#[inline(always)]
 pub(crate) fn facts(tensor: &Tensor) -> Result<Facts, NoFacts> {
     let raw = ffi::facts(crate::libtorch::tensor::at(tensor));
     if !raw.defined {

@@ -21,6 +21,7 @@ pub(super) struct Seen<'a> {
 pub(super) type SeenList<'a> = SmallVec<[Seen<'a>; 4]>;
 
 /// Looks at a tensor.
+#[inline(always)]
 pub(super) fn see<'a>(tensor: &'a Tensor, argument: &'static str) -> Result<Seen<'a>> {
     match facts(tensor) {
         Ok(facts) => Ok(Seen { tensor, facts, argument }),

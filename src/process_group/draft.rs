@@ -47,6 +47,7 @@ pub(super) enum Flat<'a> {
 
 impl<'a> Flat<'a> {
     /// All elements.
+    #[inline(always)]
     pub(super) fn whole(self) -> Buffer<'a> {
         match self {
             Self::Place(tensor, facts) => Buffer::borrowed(tensor, &facts),
@@ -67,6 +68,7 @@ impl<'a> Flat<'a> {
 
 impl ProcessGroup {
     /// Begins a call on tensors like this one; refuses what means nothing or what the backend cannot do.
+    #[inline(always)]
     pub(super) fn draft<'a>(&'a self, op: Op, like: &Seen<'a>) -> Result<Draft<'a>> {
         let kind = like.facts.kind;
         let backend = self.inner.backends.of(like.facts.device)?;
@@ -81,6 +83,7 @@ impl ProcessGroup {
         self.draft_on(op, kind, backend)
     }
 
+    #[inline(always)]
     pub(super) fn draft_on<'a>(
         &'a self,
         op: Op,
@@ -117,6 +120,7 @@ impl<'a> Memory<'a> {
     }
 
     /// The elements of a tensor that is written and, if `also_read`, read before.
+    #[inline(always)]
     pub(super) fn write<'t>(&mut self, seen: &Seen<'t>, also_read: bool) -> Result<Flat<'t>> {
         if seen.facts.plain && self.backend.accepts(seen.facts.device) {
             return Ok(Flat::Place(seen.tensor, seen.facts));
@@ -170,6 +174,7 @@ impl<'a> Draft<'a> {
     }
 
     /// The elements of a tensor that is written and, if `also_read`, read before.
+    #[inline(always)]
     pub(super) fn write(&mut self, seen: &Seen<'a>, also_read: bool) -> Result<Flat<'a>> {
         self.memory.write(seen, also_read)
     }
@@ -180,6 +185,7 @@ impl<'a> Draft<'a> {
     }
 
     /// Adds a segment of one buffer to what is written.
+    #[inline(always)]
     pub(super) fn output(&mut self, buffer: Buffer<'a>) {
         self.call.outputs.push(smallvec![buffer]);
     }

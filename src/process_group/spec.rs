@@ -126,6 +126,7 @@ pub(super) struct Backends {
 
 impl Backends {
     /// The backend for tensors of a device.
+    #[inline(always)]
     pub(super) fn of(&self, device: Device) -> Result<&Arc<dyn CollectiveBackend>> {
         let backend = match device {
             Device::Cpu => self.cpu.as_ref(),

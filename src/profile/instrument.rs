@@ -147,7 +147,7 @@ impl GroupInstrument {
         self.watch(activity, bytes, Some(envelope), site)
     }
 
-    #[inline]
+    #[inline(always)]
     fn watch(
         &self,
         activity: Activity,

@@ -41,6 +41,7 @@ impl ProcessGroup {
         self.all_reduce_draft(tensor, op)?.launch()
     }
 
+    #[inline(always)]
     fn all_reduce_draft<'a>(&'a self, tensor: &'a Tensor, op: ReduceOp) -> Result<Draft<'a>> {
         self.inner.usable()?;
         let seen = see(tensor, "tensor")?;

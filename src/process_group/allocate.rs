@@ -11,14 +11,17 @@ impl ProcessGroup {
     ///
     /// Between processes of one host the native engine puts it into shared memory (CPU tensors; with any
     /// other backend or transport it is an ordinary tensor). Collectives on such tensors read the other
-    /// ranks' data where it lies instead of copying it through slots, which pays from about 64 KiB on, and
-    /// most for what does not fit into the caches. In all other ways they are tensors like any other: each
+    /// ranks' data where it lies, and write the results of an `all_reduce` there, instead of copying them through
+    /// slots, which pays from about 16 KiB on. In all other ways they are tensors like any other: each
     /// rank allocates what it likes, when it likes, and may mix them with others in one call. A view counts
-    /// as what it views; a list of tensors counts if it is one run of memory, as the parts of one tensor are.
+    /// as what it views (for `all_reduce` one that begins with a page of 4096 bytes of the tensor and ends with
+    /// one, or with the tensor); a list of tensors counts if it is one run of memory, as the parts of one tensor are.
     ///
-    /// The others can only read the memory, and map it when they first need to. Its pages go back to the
+    /// The others map the memory when they first need it, and use it only in calls that were given this
+    /// tensor: an `all_reduce` that fails takes its tensor away from them before it returns. Its pages go back to the
     /// system when the last tensor over it is dropped, and when the processes that map it have ended, however
-    /// they do. Allocate once and use it often: first use takes page faults on every rank.
+    /// they do. A tensor of 8 MiB or more gets its memory at once, in huge pages where the kernel has them. Allocate
+    /// once and use it often: first use takes page faults on every rank.
     ///
     /// `DistributedDataParallel` puts its buckets there with
     /// [`gradient_as_bucket_view`](crate::data_parallel::DdpOptions::gradient_as_bucket_view).

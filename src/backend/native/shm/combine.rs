@@ -7,7 +7,7 @@ use smallvec::SmallVec;
 use super::lists::{List, common_runs};
 use crate::backend::native::kernels::{Operand, Reducer};
 
-/// How much is reduced before it is copied a second time: from the first-level cache.
+/// How much is reduced before it is copied once more: from the first-level cache.
 const BLOCK: usize = 8 << 10;
 
 /// The operands of one reduction: one for each rank, in rank order.
@@ -20,40 +20,40 @@ pub(super) struct Operands<'r> {
 }
 
 impl Operands<'_> {
-    /// Combines a range of this rank's buffers with the others; the result goes to `keep`, or to
-    /// `share`, or to both.
+    /// Combines a range of this rank's buffers with the others; the result goes to `keep`, if that is
+    /// given, and to `copies`, each of which may be the operand of another rank.
     ///
     /// # Safety
-    /// The others' operands and `share` hold as many bytes as the range; the buffers are alive;
-    /// `keep` may be the range itself, and nothing else overlaps.
+    /// The others' operands and `copies` hold as many bytes as the range; the buffers are alive;
+    /// `keep` may be the range itself, and nothing else overlaps. Without `keep` no copy is an operand.
     pub(super) unsafe fn combine(
         &self,
         own: (&List, Range<usize>),
         keep: Option<(&List, Range<usize>)>,
-        share: Option<*mut u8>,
+        copies: &[*mut u8],
     ) {
-        match (keep, share) {
+        match (keep, copies) {
             (Some(keep), _) => {
                 for (from, to, at, bytes) in common_runs(own, keep) {
                     // SAFETY: the caller's promise.
-                    unsafe { self.run(from, to, share, at, bytes) };
+                    unsafe { self.run(from, to, copies, at, bytes) };
                 }
             }
-            (None, Some(share)) => {
+            (None, [to, copies @ ..]) => {
                 for (from, at, bytes) in own.0.runs(own.1) {
                     // SAFETY: the caller's promise.
-                    unsafe { self.run(from, share.add(at), None, at, bytes) };
+                    unsafe { self.run(from, to.add(at), copies, at, bytes) };
                 }
             }
-            (None, None) => {}
+            (None, []) => {}
         }
     }
 
     /// # Safety
     /// As [`combine`](Self::combine), for one run that begins at `at`.
-    unsafe fn run(&self, from: *mut u8, to: *mut u8, share: Option<*mut u8>, at: usize, bytes: usize) {
+    unsafe fn run(&self, from: *mut u8, to: *mut u8, copies: &[*mut u8], at: usize, bytes: usize) {
         let element = self.reducer.kind().elt_size_in_bytes();
-        let step = if share.is_some() { BLOCK } else { bytes.max(1) };
+        let step = if copies.is_empty() { bytes.max(1) } else { BLOCK };
         let mut operands = self.all.clone();
         for start in (0..bytes).step_by(step) {
             let bytes = step.min(bytes - start);
@@ -63,8 +63,8 @@ impl Operands<'_> {
                     operand.data = if r == self.rank { from.add(start) } else { base.data.add(at + start) };
                 }
                 self.reducer.reduce(to.add(start), &operands, bytes / element);
-                if let Some(share) = share {
-                    share.add(at + start).copy_from_nonoverlapping(to.add(start), bytes);
+                for copy in copies {
+                    copy.add(at + start).copy_from_nonoverlapping(to.add(start), bytes);
                 }
             }
         }

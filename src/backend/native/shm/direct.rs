@@ -1,28 +1,34 @@
-//! Data that is read where it lies: tensors that the engine allocated.
+//! Data that is reached where it lies: tensors that the engine allocated.
 
 use std::sync::Arc;
 
 use smallvec::{SmallVec, smallvec};
 
-use super::lists::List;
+use super::lists::{List, segment_bytes};
 use super::segment::Segment;
 use super::site::{Foreign, Site};
 use super::{Inner, pool};
 use crate::{Error, Result, backend};
 
-/// Whose data of a call is read in place, and where it is.
+/// Whose data of a call is lent to the others, and where it is.
 pub(super) struct Direct {
     /// Whether this rank's is.
     pub(super) own: bool,
-    /// Of each other rank, where the segment begins that this rank reads.
-    bases: SmallVec<[Option<*const u8>; 8]>,
+    /// Of each other rank, where the segment begins that is for this rank.
+    bases: SmallVec<[Option<*mut u8>; 8]>,
     /// Mapped for as long as the addresses are used.
     maps: SmallVec<[Arc<Foreign>; 1]>,
 }
 
-/// Says in this rank's header whether its data, in one segment or one for each rank, can be read in place:
-/// each segment has to be one run, in a slab that all have in common.
-pub(super) fn announce(segment: &Segment, rank: usize, round: u64, sources: &[backend::Segment<'_>]) -> bool {
+/// Says in this rank's header whether its data, in one segment or one for each rank, is lent to the others: each
+/// segment has to be one run, in a slab that all have in common; and, where it is `written` too, in pages of its own.
+pub(super) fn announce(
+    segment: &Segment,
+    rank: usize,
+    round: u64,
+    sources: &[backend::Segment<'_>],
+    written: bool,
+) -> bool {
     let site = segment.site(rank, round);
     // SAFETY: the payload of this rank and this parity, which nobody reads now; nothing else is in it.
     unsafe { site.write(Site::default()) };
@@ -35,11 +41,11 @@ pub(super) fn announce(segment: &Segment, rank: usize, round: u64, sources: &[ba
         let offset = if data.is_null() {
             0
         } else {
-            let Some((own, offset)) = pool::find(data) else { return false };
-            if *common.get_or_insert(own) != own {
+            let Some(found) = pool::find(data, segment_bytes(source)) else { return false };
+            if *common.get_or_insert(found.site) != found.site || (written && !found.own_pages) {
                 return false;
             }
-            offset
+            found.offset
         };
         // SAFETY: as above; there is room for as many.
         unsafe { site.add(1).cast::<u64>().add(n).write(offset as u64) };
@@ -55,21 +61,21 @@ impl Direct {
         Self { own, bases: smallvec![None; ranks], maps: SmallVec::new() }
     }
 
-    /// Where a rank's data begins, if it is read in place.
-    pub(super) fn of(&self, rank: usize) -> Option<*const u8> {
+    /// Where a rank's data begins, if it is lent.
+    pub(super) fn of(&self, rank: usize) -> Option<*mut u8> {
         self.bases[rank]
     }
 
-    /// The ranks whose data is read in place.
-    pub(super) fn sources(&self) -> impl Iterator<Item = usize> {
-        self.bases.iter().enumerate().filter(|(_, base)| base.is_some()).map(|(rank, _)| rank)
+    /// The ranks whose data is lent, and where it begins.
+    pub(super) fn sources(&self) -> impl Iterator<Item = (usize, *mut u8)> {
+        self.bases.iter().enumerate().filter_map(|(rank, base)| Some((rank, (*base)?)))
     }
 
     /// Reads what a rank's header, of a large message, says of its data: of the segment of that
     /// number, which has so many bytes.
     ///
     /// # Errors
-    /// `BackendUnavailable` when the memory cannot be mapped.
+    /// `BackendUnavailable` when the memory cannot be mapped; `Aborted` when that is because its owner has given up.
     pub(super) fn look_up(
         &mut self,
         inner: &Inner,
@@ -84,9 +90,12 @@ impl Direct {
         if place.process == 0 {
             return Ok(());
         }
-        let failed = |reason: String| Error::BackendUnavailable {
-            backend: "native".to_owned(),
-            reason: format!("cannot read a tensor that rank {rank} allocated for the group: {reason}"),
+        let failed = |reason: String| match inner.segment.withdrawn(rank, round) {
+            true => Error::Aborted,
+            false => Error::BackendUnavailable {
+                backend: "native".to_owned(),
+                reason: format!("cannot reach a tensor that rank {rank} allocated for the group: {reason}"),
+            },
         };
         let map = inner.atlas.lock().map(place, inner.ranks()).map_err(|e| failed(e.to_string()))?;
         let base = map.at(offset as usize, bytes).ok_or_else(|| failed("it is not all there".to_owned()))?;

@@ -9,13 +9,13 @@ use std::ops::Range;
 
 use self::headers::contribution;
 use self::steps::Position;
-use super::Inner;
 use super::lists::{List, common_runs, segment_bytes};
 use super::protocol::Word;
 use super::stages::Stages;
-use crate::backend::Call;
+use super::{Inner, pool};
 use crate::backend::native::kernels::Reducer;
 use crate::backend::native::transport::{Progress, Stamp};
+use crate::backend::{Call, Op};
 use crate::{Error, Result};
 
 pub(super) struct Machine<'a> {
@@ -28,7 +28,7 @@ pub(super) struct Machine<'a> {
     phase: Phase,
     /// Boxed, so that a small call does not carry it around.
     stages: Option<Box<Stages>>,
-    /// Whether this rank's data is read in place.
+    /// Whether this rank's data is lent to the others.
     direct: bool,
 }
 
@@ -72,9 +72,14 @@ impl<'a> Machine<'a> {
         matches!(self.phase, Phase::Ended)
     }
 
-    /// The call is given up.
+    /// The call is given up: what was lent is the caller's again, whatever those do who come late.
     pub(super) fn withdraw(&self, inner: &Inner) {
         inner.segment.withdraw(inner.rank, self.round);
+        if let (true, Op::AllReduce(_)) = (self.direct, self.call.op) {
+            // They would write to it. Lent was one run.
+            let data = self.call.outputs.first().and_then(|s| List::new(s).one_run());
+            pool::take_away(data.unwrap_or(std::ptr::null()), self.bytes);
+        }
     }
 
     /// The ranks that have not begun this call.

@@ -10,6 +10,7 @@ mod lists;
 mod machine;
 #[cfg(test)]
 mod model;
+mod pages;
 mod pool;
 mod protocol;
 mod segment;

@@ -220,6 +220,39 @@ fn what_is_written_to_a_lent_tensor_after_its_owner_gave_up_is_never_taken_for_w
 }
 
 #[test]
+fn what_others_wrote_to_a_lent_tensor_is_there_when_its_owner_goes_on_and_nobody_writes_any_more() {
+    // Each lends a tensor of two words, its slots here, and reduces one word of both.
+    let run = |ranks: &[Area; 2], me: usize| {
+        let (mine, theirs) = (&ranks[me], &ranks[1 - me]);
+        // SAFETY: for all accesses, loom checks them.
+        mine.slots.iter().for_each(|word| word.with_mut(|p| unsafe { *p = 1 + me as u64 }));
+        tell(&mine.flags[1], 1, once(&theirs.bell));
+        wait_for(|| theirs.flags[1].read() == 1);
+        // SAFETY: as above.
+        let word = |area: &Area| area.slots[me].with(|p| unsafe { *p });
+        let sum = word(mine) + word(theirs);
+        for area in [mine, theirs] {
+            // SAFETY: as above.
+            area.slots[me].with_mut(|p| unsafe { *p = sum });
+        }
+        tell(&mine.progress[1], mark(1, 1), once(&theirs.bell));
+        wait_for(|| steps_of(theirs.progress[1].read(), 1) == 1);
+        // The caller has it again.
+        for word in &mine.slots {
+            // SAFETY: as above.
+            assert_eq!(word.with_mut(|p| unsafe { p.replace(0) }), 3);
+        }
+    };
+    check(move || {
+        let ranks = Arc::new([Area::new(), Area::new()]);
+        let other = ranks.clone();
+        let thread = thread::spawn(move || run(&other, 1));
+        run(&ranks, 0);
+        thread.join().unwrap();
+    });
+}
+
+#[test]
 fn a_rank_that_sleeps_is_always_woken() {
     two_ranks(|mine, theirs| {
         for round in 1..=2_u64 {

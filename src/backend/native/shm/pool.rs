@@ -1,25 +1,28 @@
 //! Memory for tensors that the other processes of the host may read in place.
 //!
 //! A tensor lies in a *slab*: a memfd of this process, without a name, which goes away with the last process
-//! that maps it. Other ranks open it through `/proc/PID/fd/N`, to read, when a call first says that its
-//! data lies there (`site.rs`). The pages of a tensor are given back when it dies, the slab when it is empty.
+//! that maps it. Other ranks open it through `/proc/PID/fd/N` when a call first says that its data lies
+//! there (`site.rs`). The pages of a tensor are given back when it dies, the slab when it is empty.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use parking_lot::Mutex;
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
-use rustix::mm::{MapFlags, ProtFlags};
+use rustix::mm::ProtFlags;
 
+use super::pages;
 use super::site::Site;
 
 /// The size of a slab that several tensors share. Its pages take memory when they are first touched.
 const SHARED_SLAB: usize = 32 << 20;
-/// A tensor of at least this many bytes has a slab of its own.
+/// A tensor of at least this many bytes has a slab of its own, which has its memory at once, in huge pages if
+/// there are any.
 const LARGE: usize = 8 << 20;
 /// Tensors begin at pages, so that each gives back its own.
 const PAGE: usize = 4096;
@@ -39,6 +42,10 @@ struct Slab {
     memory: OwnedFd,
     /// What is free, in order, without neighbours that touch.
     free: Mutex<Vec<Range<usize>>>,
+    /// Where tensors end that do not end with a page: what is left of that is nobody's.
+    ends: Mutex<BTreeSet<usize>>,
+    /// Whether some of it is not the others' memory any more: nothing of it is lent.
+    closed: AtomicBool,
 }
 
 // SAFETY: the address of a mapping; who uses what part of it is decided under the lock.
@@ -50,6 +57,8 @@ unsafe impl Sync for Slab {}
 pub(super) struct Block {
     slab: Arc<Slab>,
     range: Range<usize>,
+    /// How much of the range was asked for.
+    bytes: usize,
 }
 
 impl Slab {
@@ -60,12 +69,7 @@ impl Slab {
         rustix::fs::ftruncate(&memory, bytes as u64)?;
         // Nobody can shrink it under those who read.
         rustix::fs::fcntl_add_seals(&memory, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
-        let protection = ProtFlags::READ | ProtFlags::WRITE;
-        // SAFETY: a new mapping at an address that the kernel chooses.
-        let base = unsafe {
-            rustix::mm::mmap(std::ptr::null_mut(), bytes, protection, MapFlags::SHARED, &memory, 0)?
-        };
-        let base = NonNull::new(base.cast()).ok_or_else(|| io::Error::other("mapped at 0"))?;
+        let base = pages::map(&memory, bytes, ProtFlags::READ | ProtFlags::WRITE)?;
         let nonce = super::connect::nonce();
         // SAFETY: the first page, which no tensor gets; nobody else has the slab yet.
         unsafe { base.cast::<u64>().write(nonce) };
@@ -75,7 +79,8 @@ impl Slab {
             bytes: bytes as u64,
             nonce,
         };
-        Ok(Self { base, bytes, site, memory, free: Mutex::new(std::iter::once(FIRST..bytes).collect()) })
+        let free = Mutex::new(std::iter::once(FIRST..bytes).collect());
+        Ok(Self { base, bytes, site, memory, free, ends: Mutex::default(), closed: AtomicBool::new(false) })
     }
 
     /// A free part of so many bytes, a multiple of [`PAGE`].
@@ -95,6 +100,9 @@ impl Slab {
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         // A failure keeps the pages until the slab goes.
         let _ = rustix::fs::fallocate(&self.memory, flags, range.start as u64, range.len() as u64);
+        if self.closed.load(Ordering::Acquire) {
+            pages::discard(self.base, range.clone());
+        }
         let mut free = self.free.lock();
         let n = free.partition_point(|r| r.start < range.start);
         free.insert(n, range);
@@ -120,25 +128,43 @@ impl Drop for Slab {
 }
 
 /// Memory for a tensor of so many bytes. It is zero at first.
-pub(super) fn allocate(bytes: usize) -> io::Result<Block> {
-    let bytes = bytes.max(1).next_multiple_of(PAGE);
+pub(super) fn allocate(asked: usize) -> io::Result<Block> {
+    let bytes = asked.max(1).next_multiple_of(PAGE);
+    // Nobody else waits while a large one gets its memory.
+    let own = match bytes >= LARGE {
+        true => Some(Slab::new(bytes)?),
+        false => None,
+    };
+    if let Some(slab) = &own {
+        pages::enlarge(slab.base, slab.bytes);
+    }
     let mut slabs = SLABS.lock();
-    if bytes < LARGE {
-        for slab in slabs.iter() {
+    if own.is_none() {
+        for slab in slabs.iter().filter(|s| !s.closed.load(Ordering::Acquire)) {
             if let Some(range) = slab.take(bytes) {
-                return Ok(Block { slab: slab.clone(), range });
+                return Ok(Block::new(slab.clone(), range, asked));
             }
         }
     }
-    let slab = Arc::new(Slab::new(if bytes < LARGE { SHARED_SLAB } else { bytes })?);
+    let slab = Arc::new(match own {
+        Some(slab) => slab,
+        None => Slab::new(SHARED_SLAB)?,
+    });
     let range = slab.take(bytes).ok_or_else(|| io::Error::other("a new slab has no room"))?;
     let at = slabs.partition_point(|s| s.base < slab.base);
     slabs.insert(at, slab.clone());
     COUNT.store(slabs.len(), Ordering::Release);
-    Ok(Block { slab, range })
+    Ok(Block::new(slab, range, asked))
 }
 
 impl Block {
+    fn new(slab: Arc<Slab>, range: Range<usize>, bytes: usize) -> Self {
+        if !bytes.is_multiple_of(PAGE) {
+            slab.ends.lock().insert(range.start + bytes);
+        }
+        Self { slab, range, bytes }
+    }
+
     /// Where it begins.
     pub(super) fn data(&self) -> *mut u8 {
         // SAFETY: within the mapping.
@@ -150,6 +176,7 @@ impl Drop for Block {
     fn drop(&mut self) {
         // Under the lock of all slabs, so that nobody takes from a slab that goes.
         let mut slabs = SLABS.lock();
+        self.slab.ends.lock().remove(&(self.range.start + self.bytes));
         if self.slab.give_back(self.range.clone()) {
             slabs.retain(|slab| !Arc::ptr_eq(slab, &self.slab));
             COUNT.store(slabs.len(), Ordering::Release);
@@ -157,15 +184,44 @@ impl Drop for Block {
     }
 }
 
-/// How others find memory that begins here, and its place there, if it lies in a slab.
-pub(super) fn find(data: *const u8) -> Option<(Site, usize)> {
+/// The slab in which this address lies, and its place there.
+fn slab_of(data: *const u8) -> Option<(Arc<Slab>, usize)> {
     if COUNT.load(Ordering::Acquire) == 0 {
         return None;
     }
     let slabs = SLABS.lock();
     let at = slabs.partition_point(|s| s.addresses().end <= data as usize);
     let slab = slabs.get(at).filter(|s| s.addresses().contains(&(data as usize)))?;
-    Some((slab.site, data as usize - slab.addresses().start))
+    Some((slab.clone(), data as usize - slab.addresses().start))
+}
+
+/// Memory that can be lent.
+pub(super) struct Found {
+    /// How others find its slab.
+    pub(super) site: Site,
+    /// Its place there.
+    pub(super) offset: usize,
+    /// Whether nothing else lies in its pages.
+    pub(super) own_pages: bool,
+}
+
+/// What others have to know of so many bytes that begin here, if they lie in a slab.
+pub(super) fn find(data: *const u8, bytes: usize) -> Option<Found> {
+    let (slab, offset) = slab_of(data)?;
+    let end = offset + bytes;
+    let own_pages =
+        offset.is_multiple_of(PAGE) && (end.is_multiple_of(PAGE) || slab.ends.lock().contains(&end));
+    (!slab.closed.load(Ordering::Acquire)).then_some(Found { site: slab.site, offset, own_pages })
+}
+
+/// Gives so many bytes that begin here, in pages of their own, memory that nobody else can reach, with the same
+/// contents, at the same address. Who writes there late, through another mapping, changes nothing.
+pub(super) fn take_away(data: *const u8, bytes: usize) {
+    let Some((slab, _)) = slab_of(data) else { return };
+    slab.closed.store(true, Ordering::Release);
+    if let Err(error) = pages::replace(data.cast_mut(), bytes.next_multiple_of(PAGE)) {
+        tracing::warn!(%error, "a tensor of a call that failed may be written to by ranks that come late");
+    }
 }
 
 #[cfg(test)]
@@ -182,7 +238,7 @@ mod tests {
     #[test]
     fn a_block_takes_memory_when_it_is_touched_and_gives_it_back_when_it_goes() {
         let slab = Arc::new(Slab::new(SHARED_SLAB).unwrap());
-        let take = |bytes| Block { range: slab.take(bytes).unwrap(), slab: slab.clone() };
+        let take = |bytes| Block::new(slab.clone(), slab.take(bytes).unwrap(), bytes);
         let (kept, dropped) = (take(PAGE), take(1 << 20));
         assert_eq!(resident(&slab), PAGE as u64);
         // SAFETY: both blocks are mapped.
@@ -201,11 +257,47 @@ mod tests {
     fn a_large_block_has_a_slab_of_its_own_that_goes_with_it() {
         let block = allocate(LARGE).unwrap();
         let inside = block.data().wrapping_add(LARGE - 1);
-        let (site, at) = find(inside).unwrap();
-        assert_eq!((site.bytes, at), ((FIRST + LARGE) as u64, FIRST + LARGE - 1));
+        let found = find(inside, 1).unwrap();
+        assert_eq!((found.site.bytes, found.offset), ((FIRST + LARGE) as u64, FIRST + LARGE - 1));
         drop(block);
-        assert!(find(inside).is_none_or(|(other, _)| other.nonce != site.nonce));
-        assert!(find(std::ptr::null()).is_none());
+        assert!(find(inside, 1).is_none_or(|other| other.site.nonce != found.site.nonce));
+        assert!(find(std::ptr::null(), 1).is_none());
+    }
+
+    #[test]
+    fn pages_are_a_tensors_own_where_no_other_part_of_it_lies_in_them() {
+        let block = allocate(3 * PAGE + 100).unwrap();
+        let own = |from: usize, bytes| find(block.data().wrapping_add(from), bytes).unwrap().own_pages;
+        assert!(own(0, 3 * PAGE + 100) && own(PAGE, PAGE) && own(2 * PAGE, PAGE + 100));
+        assert!(!own(0, 100) && !own(8, 2 * PAGE - 8) && !own(PAGE, PAGE + 100) && !own(PAGE, PAGE - 4));
+    }
+
+    #[test]
+    fn what_is_taken_away_keeps_its_contents_and_is_out_of_reach_and_its_slab_lends_nothing_more() {
+        let mine = allocate(LARGE + 8).unwrap();
+        let (site, offset) = find(mine.data(), LARGE + 8).map(|f| (f.site, f.offset)).unwrap();
+        let theirs = super::super::site::Atlas::default().map(site, 2).unwrap();
+        let late = theirs.at(offset, LARGE + 8).unwrap();
+        // SAFETY: both are mapped; nobody else uses them.
+        let (read, write) = (
+            |at: usize| unsafe { mine.data().add(at).read() },
+            |at: usize, x| unsafe {
+                late.add(at).write(x);
+            },
+        );
+        for at in [0, PAGE, LARGE + 7] {
+            write(at, 5);
+            assert_eq!(read(at), 5);
+        }
+        take_away(mine.data(), LARGE + 8);
+        for at in [0, PAGE, LARGE + 7] {
+            write(at, 6);
+            assert_eq!(read(at), 5);
+        }
+        assert!(find(mine.data(), LARGE + 8).is_none());
+        drop(mine);
+        let other = allocate(PAGE).unwrap();
+        assert!(find(other.data(), PAGE).is_some_and(|found| found.own_pages));
     }
 
     proptest! {

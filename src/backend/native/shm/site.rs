@@ -1,4 +1,4 @@
-//! Where a rank's data can be read in place, and what it takes to read it there.
+//! Where a rank's data can be reached in place, and what it takes to reach it there.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -6,9 +6,9 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 use rustix::fs::{Mode, OFlags, SealFlags};
-use rustix::mm::{MapFlags, ProtFlags};
+use rustix::mm::ProtFlags;
 
-/// A slab of some process, as the others find it. A process of 0: nothing can be read in place.
+/// A slab of some process, as the others find it. A process of 0: nothing is lent.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Site {
@@ -18,14 +18,14 @@ pub(super) struct Site {
     pub(super) nonce: u64,
 }
 
-/// A mapping of another process's slab, to read.
+/// A mapping of another process's slab.
 #[derive(Debug)]
 pub(super) struct Foreign {
     base: NonNull<u8>,
     site: Site,
 }
 
-// SAFETY: memory that is only read here; the protocol says when that makes sense.
+// SAFETY: memory that others use too; the protocol says when who may.
 unsafe impl Send for Foreign {}
 // SAFETY: as above.
 unsafe impl Sync for Foreign {}
@@ -34,8 +34,8 @@ impl Foreign {
     fn open(site: Site) -> io::Result<Self> {
         let path = format!("/proc/{}/fd/{}", site.process, site.descriptor);
         let failed = |e: &dyn std::fmt::Display| io::Error::other(format!("{path}: {e}"));
-        let memory: OwnedFd = rustix::fs::open(&path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
-            .map_err(|e| failed(&e))?;
+        let memory: OwnedFd =
+            rustix::fs::open(&path, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).map_err(|e| failed(&e))?;
         let stat = rustix::fs::fstat(&memory)?;
         let seals = rustix::fs::fcntl_get_seals(&memory)?;
         if stat.st_uid != rustix::process::geteuid().as_raw()
@@ -46,11 +46,7 @@ impl Foreign {
             return Err(failed(&"what was found there is no memory for tensors"));
         }
         let bytes = site.bytes as usize;
-        // SAFETY: a new mapping at an address that the kernel chooses.
-        let base = unsafe {
-            rustix::mm::mmap(std::ptr::null_mut(), bytes, ProtFlags::READ, MapFlags::SHARED, &memory, 0)?
-        };
-        let base = NonNull::new(base.cast()).ok_or_else(|| failed(&"mapped at 0"))?;
+        let base = super::pages::map(&memory, bytes, ProtFlags::READ | ProtFlags::WRITE)?;
         let foreign = Self { base, site };
         // SAFETY: the first word, written before its owner told of it, and never again.
         if unsafe { base.cast::<u64>().read() } != site.nonce {
@@ -60,10 +56,10 @@ impl Foreign {
     }
 
     /// The address of a range of it; none where there is no such range.
-    pub(super) fn at(&self, offset: usize, bytes: usize) -> Option<*const u8> {
+    pub(super) fn at(&self, offset: usize, bytes: usize) -> Option<*mut u8> {
         let end = offset.checked_add(bytes)?;
         // SAFETY: within the mapping.
-        (end <= self.site.bytes as usize).then(|| unsafe { self.base.as_ptr().add(offset).cast_const() })
+        (end <= self.site.bytes as usize).then(|| unsafe { self.base.as_ptr().add(offset) })
     }
 }
 

@@ -67,9 +67,8 @@ pub(super) struct Stages {
     pub(super) local: Option<(Stream, Stream)>,
     /// Which ranks read what this rank fills and shares.
     pub(super) readers: Readers,
-    /// Whether what is gathered of a rank whose data can be read in place is there as well, not in a slot, in a
-    /// call of more than so many steps.
-    pub(super) in_place: Option<usize>,
+    /// Whether results are written into the tensors that are lent.
+    pub(super) results_in_place: bool,
     /// Whether what is gathered goes past the caches: it is more than they hold, and was not touched before.
     pub(super) past_cache: bool,
     /// How many steps its streams take, at least one: a root may have a lot for itself alone.
@@ -92,9 +91,6 @@ impl Readers {
     }
 }
 
-/// Up to how many steps results go through slots, wherever the data lies.
-const SHORT: usize = 4;
-
 /// The share of one rank: equal parts, cut at cache lines.
 fn share(bytes: usize, rank: usize, ranks: usize) -> Range<usize> {
     let each = bytes.div_ceil(ranks).next_multiple_of(64);
@@ -113,12 +109,7 @@ impl Stages {
             comes_apart: matches!(call.op, Op::Scatter { .. } | Op::AllToAll),
             local: None,
             readers: Readers::All,
-            in_place: match call.op {
-                Op::Reduce { .. } => None,
-                // The result of a short one costs less in a slot: its owner need not wait until it is read.
-                Op::AllReduce(_) => Some(SHORT),
-                _ => Some(0),
-            },
+            results_in_place: matches!(call.op, Op::AllReduce(_)),
             past_cache: !matches!(call.op, Op::AllReduce(_)) && call.own_bytes() >= PAST_CACHE,
             steps: 0,
         };

@@ -33,8 +33,9 @@ impl Machine<'_> {
             let stages = Stages::new(&self.call, rank, ranks, segment.layout.chunk);
             steps = stages.steps;
             self.stages = Some(Box::new(stages));
-            let lent = if lends(self.call.op, self.bytes, ranks, steps) { sources } else { &[] };
-            self.direct = direct::announce(segment, rank, self.round, lent);
+            let lent = if lends(self.call.op, self.bytes, ranks) { sources } else { &[] };
+            let written = matches!(self.call.op, Op::AllReduce(_));
+            self.direct = direct::announce(segment, rank, self.round, lent, written);
         }
         if by_rank(self.call.op) {
             let sizes = segment.sizes(rank, self.round);
@@ -151,11 +152,9 @@ pub(super) fn contribution<'c, 'a>(call: &'c Call<'a>, rank: usize) -> &'c [Segm
 }
 
 /// Whether it is worth while that others read a tensor in place. Where only one rank reads, and from memory, not from
-/// a cache, two cores do better: one fills slots, the other empties them. An all_reduce of one step was measured to be
-/// faster through slots, though they cost a copy.
-fn lends(op: Op, bytes: usize, ranks: usize, steps: usize) -> bool {
+/// a cache, two cores do better: one fills slots, the other empties them.
+fn lends(op: Op, bytes: usize, ranks: usize) -> bool {
     let one_reads = match op {
-        Op::AllReduce(_) => return steps > 1,
         Op::Gather { .. } => true,
         Op::Broadcast { .. } | Op::Scatter { .. } => ranks == 2,
         _ => false,

@@ -46,7 +46,7 @@ impl Machine<'_> {
             let operands = Operands { reducer, rank, all };
             let (input, output) = (List::new(input), List::new(output));
             // SAFETY: as above; a buffer is its own output or does not overlap it.
-            unsafe { operands.combine((&input, whole(&input)), Some((&output, whole(&output))), None) };
+            unsafe { operands.combine((&input, whole(&input)), Some((&output, whole(&output))), &[]) };
         };
         let Call { op, inputs, outputs, .. } = &self.call;
         match *op {

@@ -1,4 +1,4 @@
-//! Large calls: data moves in steps through slots, or is read where it lies.
+//! Large calls: data moves in steps through slots, or is read and written where it lies.
 
 use smallvec::{SmallVec, smallvec};
 
@@ -28,12 +28,12 @@ pub(super) struct Position {
     /// The last known progress of every rank, by stage.
     seen: [SmallVec<[usize; 8]>; 3],
     factors: SmallVec<[f64; 8]>,
-    /// Whose data is read in place.
+    /// Whose data is lent.
     direct: Direct,
 }
 
 impl Machine<'_> {
-    /// Where the data of the others can be read in place, and whether this rank's is.
+    /// Where the data of the others is lent, and whether this rank's is.
     fn locate(&self, inner: &Inner, stages: &Stages) -> Result<Direct> {
         let mut direct = Direct::new(inner.ranks(), self.direct);
         // Who lends waits for those who read. For the others its tensor may be gone by now.
@@ -67,10 +67,12 @@ impl Machine<'_> {
         }
         let direct = self.locate(inner, &stages)?;
         let unless = |there: bool| if there { 0 } else { steps };
+        // The others write what this rank would gather to its tensor, if it is lent for that.
+        let gathers = !(stages.gather.is_empty() || self.direct && stages.results_in_place);
         let done = [
             unless(!matches!(stages.fill, Fill::None) && !self.direct),
             unless(stages.reduce.is_some()),
-            unless(!stages.gather.is_empty()),
+            unless(gathers),
         ];
         self.stages = Some(stages);
         self.phase = Phase::Moving(Box::new(Position {
@@ -92,7 +94,7 @@ impl Machine<'_> {
         let moved = view.gather() || view.reduce(self.reducer.as_ref()) || view.fill();
         if view.position.done.iter().all(|&d| d == view.position.steps) && view.let_go() {
             // What was read in place was what its owner lent, unless it had given up by now.
-            return match view.position.direct.sources().any(|r| inner.segment.withdrawn(r, self.round)) {
+            return match view.position.direct.sources().any(|(r, _)| inner.segment.withdrawn(r, self.round)) {
                 true => Err(Error::Aborted),
                 false => Ok(Progress::Done),
             };
@@ -112,8 +114,9 @@ struct View<'m> {
 impl View<'_> {
     /// Whether a rank has done a stage of `steps` steps.
     fn reached(&mut self, rank: usize, stage: usize, steps: usize) -> bool {
-        if stage == FILLED && self.position.direct.of(rank).is_some() {
-            // There is nothing to fill.
+        let there = stage == FILLED || (stage == GATHERED && self.stages.results_in_place);
+        if there && self.position.direct.of(rank).is_some() {
+            // It has nothing to fill, or gathers nothing.
             return true;
         }
         let seen = &mut self.position.seen[stage][rank];
@@ -121,11 +124,6 @@ impl View<'_> {
             *seen = steps_of(self.inner.segment.progress(rank, stage).read(), self.round) as usize;
         }
         *seen >= steps
-    }
-
-    /// Whether what is gathered lies where the data is lent.
-    fn in_place(&self) -> bool {
-        self.stages.in_place.is_some_and(|short| self.position.steps > short)
     }
 
     fn others(&self) -> impl Iterator<Item = usize> + use<> {
@@ -148,16 +146,14 @@ impl View<'_> {
             })
     }
 
-    /// Whether the others have read all that they read of this rank's tensors in place.
+    /// Whether the others are done with this rank's tensors, if it has lent them.
     fn let_go(&mut self) -> bool {
         let (steps, readers) = (self.position.steps, self.stages.readers);
         let reduces = self.stages.reduce.is_some();
-        // Of a reduction they gather results, which are in place if those are kept there.
-        let gathered = !reduces || (self.in_place() && !self.stages.gather.is_empty());
         !self.position.direct.own
-            || self.others().all(|r| {
-                (!reduces || self.reached(r, REDUCED, steps))
-                    && (!gathered || !readers.contain(r) || self.reached(r, GATHERED, steps))
+            || self.others().all(|r| match reduces {
+                true => self.reached(r, REDUCED, steps),
+                false => !readers.contain(r) || self.reached(r, GATHERED, steps),
             })
     }
 
@@ -189,11 +185,12 @@ impl View<'_> {
     fn reduce(&mut self, reducer: Option<&Reducer>) -> bool {
         let step = self.position.done[REDUCED];
         let (Some(reduce), Some(reducer)) = (&self.stages.reduce, reducer) else { return false };
-        // Others find the result where it is kept.
-        let in_place = self.position.direct.own && self.in_place();
+        // To whom it does not go directly finds the result in a slot.
+        let lent = |r| self.stages.results_in_place && self.position.direct.of(r).is_some();
+        let share = reduce.share && !self.others().all(lent);
         if step == self.position.steps
             || !self.others().all(|r| self.reached(r, FILLED, step + 1))
-            || (reduce.share && !in_place && !self.free(step, GATHERED))
+            || (share && !self.free(step, GATHERED))
         {
             return false;
         }
@@ -202,19 +199,24 @@ impl View<'_> {
         let start = part(&reduce.own).start;
         let place = |r| match self.position.direct.of(r) {
             // SAFETY: `Direct` has compared the size of what is there with what the header said.
-            Some(base) => unsafe { base.add(start) },
+            Some(base) => unsafe { base.add(start).cast_const() },
             None => segment.chunk_for(r, rank, step).cast_const(),
         };
+        let mut copies: SmallVec<[*mut u8; 8]> = SmallVec::new();
+        if self.stages.results_in_place {
+            // SAFETY: as above.
+            copies.extend(self.position.direct.sources().map(|(_, base)| unsafe { base.add(start) }));
+        }
+        copies.extend(share.then(|| segment.chunk_for_all(rank, step)));
         let factors = self.position.factors.iter().enumerate();
         let all = factors.map(|(r, &factor)| Operand { data: place(r), factor });
         let operands = Operands { reducer, rank, all: all.collect() };
         let lists = &self.stages.lists;
         let keep = reduce.keep.as_ref().map(|k| (&lists[k.list], part(k)));
-        let share = (reduce.share && !in_place).then(|| segment.chunk_for_all(rank, step));
         // SAFETY: every rank has filled its slot for this step and waits for this rank before it fills
-        // it again, or has lent its tensor until this rank is done; the slot for all has been read;
-        // `keep` is `own` or does not overlap it.
-        unsafe { operands.combine((&lists[reduce.own.list], part(&reduce.own)), keep, share) };
+        // it again, or has lent its tensor until this rank is done, this part of it to nobody else; the slot for
+        // all has been read; `keep` is `own` or does not overlap it.
+        unsafe { operands.combine((&lists[reduce.own.list], part(&reduce.own)), keep, &copies) };
         self.advance(REDUCED);
         true
     }
@@ -236,9 +238,9 @@ impl View<'_> {
                     return moved;
                 }
                 let chunk = stream.chunk(step, segment.layout.chunk);
-                let from = match self.position.direct.of(source).filter(|_| self.in_place()) {
+                let from = match self.position.direct.of(source).filter(|_| !reduced) {
                     // SAFETY: `Direct` has compared the size of what is there with what the header said.
-                    Some(base) => unsafe { base.add(chunk.start) },
+                    Some(base) => unsafe { base.add(chunk.start).cast_const() },
                     None if each => segment.chunk_for(source, rank, step).cast_const(),
                     None => segment.chunk_for_all(source, step).cast_const(),
                 };

@@ -65,7 +65,7 @@ fn mapped(inner: &Inner) -> usize {
 }
 
 #[test]
-fn a_large_tensor_of_the_engine_is_read_in_place_and_a_private_or_small_one_is_not() {
+fn a_large_tensor_of_the_engine_is_lent_and_a_private_or_small_one_or_one_without_pages_of_its_own_is_not() {
     let group = group(2, 4096);
     on_all(&group, |me, rank| {
         let op = Op::AllReduce(ReduceOp::Sum);
@@ -75,16 +75,46 @@ fn a_large_tensor_of_the_engine_is_read_in_place_and_a_private_or_small_one_is_n
         sum(1, &data(me, 0, 100_000, Kind::Float));
         sum(2, &lent(&data(me, 0, 100, Kind::Float)));
         assert_eq!(mapped(&rank.inner), 0);
-        sum(3, &lent(&data(me, 0, 100_000, Kind::Float)));
+        // Parts of one: where a part shares its pages with others, those who reduce do not write there.
+        let whole = lent(&data(me, 0, 204_800, Kind::Float));
+        let same = |start, len| {
+            let both = |r| data(r, 0, 204_800, Kind::Float).narrow(0, start, len);
+            whole.narrow(0, start, len).equal(&(both(0) + both(1)))
+        };
+        sum(3, &whole.narrow(0, 51_300, 51_100));
+        assert_eq!(mapped(&rank.inner), 0);
+        assert!(same(51_300, 51_100));
+        sum(4, &whole.narrow(0, 102_400, 102_400));
         assert_eq!(mapped(&rank.inner), 1);
-        // Parts of it as well; two tensors apart from one another are copied.
-        let whole = lent(&data(me, 0, 200_000, Kind::Float));
-        sum(4, &whole.narrow(0, 50_000, 100_000));
-        let want = data(0, 0, 200_000, Kind::Float).narrow(0, 50_000, 100_000)
-            + data(1, 0, 200_000, Kind::Float).narrow(0, 50_000, 100_000);
-        assert!(whole.narrow(0, 50_000, 100_000).equal(&want));
-        assert!(whole.narrow(0, 0, 50_000).equal(&data(me, 0, 50_000, Kind::Float)));
+        assert!(same(102_400, 102_400) && same(51_300, 51_100));
+        assert!(whole.narrow(0, 0, 51_300).equal(&data(me, 0, 51_300, Kind::Float)));
     });
+}
+
+#[test]
+fn who_comes_late_to_a_reduction_writes_nothing_to_the_tensor_of_a_rank_that_gave_up() {
+    let group = group(2, 4096);
+    // In slabs of their own: from what is left of one that others share, other tests could lend nothing more.
+    let n = 3 << 20;
+    let lend = |me| lent(&data(me, 0, n, Kind::Float));
+    let sum =
+        |tensor: &Tensor| call(Op::AllReduce(ReduceOp::Sum), Kind::Float, &[], &[tensor.shallow_clone()], 0);
+    // Rank 0 lends its tensor and gives up in vain; it keeps its values, and may be used for something else.
+    let mut tensor = lend(0);
+    let first = sum(&tensor);
+    let stamp = Stamp { seq: 1, fingerprint: fingerprint(&first) };
+    let error = group[0].run_inline(first, stamp, &Deadline::after(Duration::from_millis(30))).unwrap_err();
+    assert!(matches!(error, Error::Timeout { .. }), "{error}");
+    assert!(tensor.equal(&data(0, 0, n, Kind::Float)));
+    let _ = tensor.fill_(7.0);
+    // Rank 1 comes late, with a tensor of its own or of the engine: it reduces its share, and learns of it.
+    let late = lend(1);
+    let late = sum(&late);
+    let stamp = Stamp { seq: 1, fingerprint: fingerprint(&late) };
+    let error = group[1].run_inline(late, stamp, &Deadline::after(Duration::from_millis(500))).unwrap_err();
+    assert!(matches!(error, Error::Aborted | Error::Timeout { .. }), "{error}");
+    assert!(tensor.equal(&tensor.full_like(7.0)));
+    assert_eq!(mapped(&group[1].inner), 1);
 }
 
 #[test]
@@ -131,6 +161,20 @@ fn who_reads_nothing_of_a_lent_tensor_does_not_look_for_it() {
 }
 
 #[test]
+fn who_gives_up_and_takes_its_tensor_along_is_said_to_have_given_up() {
+    let group = group(2, 4096);
+    // In a slab of its own, which goes with it.
+    let gone =
+        call(Op::Broadcast { src: 0 }, Kind::Float, &[], &[lent(&data(0, 0, 3 << 20, Kind::Float))], 0);
+    let stamp = Stamp { seq: 1, fingerprint: fingerprint(&gone) };
+    let error = group[0].run_inline(gone, stamp, &Deadline::after(Duration::from_millis(30))).unwrap_err();
+    assert!(matches!(error, Error::Timeout { .. }), "{error}");
+    let late = call(Op::Broadcast { src: 0 }, Kind::Float, &[], &[blank(3 << 20, Kind::Float)], 0);
+    let error = run(&group[1], late, 1, false).unwrap_err();
+    assert!(matches!(error, Error::Aborted), "{error}");
+}
+
+#[test]
 fn a_driven_call_that_is_given_up_takes_its_tensor_back() {
     let group = group(2, 4096);
     let tensor = lent(&data(0, 0, 50_000, Kind::Float));
@@ -166,7 +210,7 @@ fn a_tensor_that_dies_gives_its_memory_back_though_others_have_mapped_it() {
         let tensor = lent(&data_of(me));
         let op = Op::AllReduce(ReduceOp::Sum);
         run(rank, call(op, Kind::Float, &[], &[tensor.shallow_clone()], 0), 1, false).unwrap();
-        let (site, _) = pool::find(tensor.data_ptr().cast()).unwrap();
+        let site = pool::find(tensor.data_ptr().cast(), 1).unwrap().site;
         let path = format!("/proc/self/fd/{}", site.descriptor);
         let memory = std::fs::File::open(path).unwrap();
         let taken = || rustix::fs::fstat(&memory).unwrap().st_blocks * 512;

@@ -116,8 +116,9 @@ fn measure(
     }
     for round in 0..options.rounds {
         let floor = probes.floor(case);
-        let wire =
-            crews.iter().any(|c| of_wire(c.engine, case, world)).then(|| wire::micros(case.bytes)).flatten();
+        let one_way = case.collective == Collective::SendRecv;
+        let wired = crews.iter().any(|c| of_wire(c.engine, case, world));
+        let wire = wired.then(|| wire::micros(case.bytes, one_way)).flatten();
         // Whoever goes first finds colder caches: take turns at that too.
         let count = crews.len().max(1);
         for n in 0..crews.len() {
@@ -175,7 +176,7 @@ fn measure(
 
 /// Whether the raw rate of one connection is what bounds this.
 fn of_wire(engine: Engine, case: &Case, world: usize) -> bool {
-    let sends_all = matches!(case.collective, Collective::AllReduce);
+    let sends_all = matches!(case.collective, Collective::AllReduce | Collective::SendRecv);
     engine == Engine::Tcp && world == 2 && sends_all && case.bytes > 0
 }
 

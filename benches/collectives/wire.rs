@@ -15,8 +15,8 @@ const CHUNK: usize = 1 << 20;
 const BUDGET: usize = 64 << 20;
 
 /// Microseconds in which two threads, each on a core of its own, send each other so many bytes at the same time over
-/// one connection; `None` where there is no loopback.
-pub(crate) fn micros(bytes: usize) -> Option<f64> {
+/// one connection, or with `one_way` the first to the second only; `None` where there is no loopback.
+pub(crate) fn micros(bytes: usize, one_way: bool) -> Option<f64> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).ok()?;
     let caller = TcpStream::connect(listener.local_addr().ok()?).ok()?;
     let (called, _) = listener.accept().ok()?;
@@ -32,7 +32,11 @@ pub(crate) fn micros(bytes: usize) -> Option<f64> {
         for _ in 0..tries {
             barrier.wait();
             let start = Instant::now();
-            let (mut sent, mut received) = (0, 0);
+            let (mut sent, mut received) = match (one_way, me) {
+                (false, _) => (0, 0),
+                (true, 0) => (0, bytes),
+                (true, _) => (bytes, 0),
+            };
             while sent < bytes || received < bytes {
                 if sent < bytes {
                     sent += moved(socket.write(&source[..source.len().min(bytes - sent)]));

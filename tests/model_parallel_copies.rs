@@ -127,7 +127,9 @@ fn averaged_gradients_are_those_of_the_whole_batch_also_added_up_over_steps_and_
         }
         Vec::<f64>::try_from(w.grad().reshape([-1])).unwrap()
     };
-    for schedule in [Schedule::GPipe, Schedule::OneFOneB] {
+    for (schedule, bucket_view) in
+        [Schedule::GPipe, Schedule::OneFOneB].into_iter().flat_map(|s| [(s, false), (s, true)])
+    {
         run_threads(6, |world| {
             let mesh = DeviceMesh::new(&world, &[("dp", 2), ("pp", 3)]).unwrap();
             let [dp, pp] = ["dp", "pp"].map(|axis| mesh.group(axis).unwrap());
@@ -152,7 +154,8 @@ fn averaged_gradients_are_those_of_the_whole_batch_also_added_up_over_steps_and_
                 }])
             });
             let pipeline = Pipeline::new(vec![stage], 2, schedule, &pp).unwrap();
-            let pipeline = pipeline.data_parallel(&vs, &dp, DdpOptions::new()).unwrap();
+            let options = DdpOptions::new().gradient_as_bucket_view(bucket_view);
+            let pipeline = pipeline.data_parallel(&vs, &dp, options).unwrap();
             pipeline.tie(&[0, 2], (rank != 1).then_some(&w)).unwrap();
             for step in 0..3 {
                 let own = batch(step).narrow(0, 4 * dp.rank() as i64, 4);

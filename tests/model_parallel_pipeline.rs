@@ -405,3 +405,27 @@ fn a_measured_step_did_what_the_plan_says_and_held_what_it_predicts() {
     assert_eq!((peak(Schedule::OneFOneB, 8), peak(Schedule::OneFOneB, 64)), (4, 4));
     assert_eq!((peak(Schedule::GPipe, 8), peak(Schedule::GPipe, 64)), (8, 64));
 }
+
+#[test]
+fn a_frozen_tied_weight_gets_no_gradient_and_weight_decay_leaves_it_alone() {
+    run_threads(2, |group| {
+        let vs = nn::VarStore::new(Device::Cpu);
+        let tied = vs.root().ones("tied", &[2, 2]);
+        let own = vs.root().ones("own", &[2]);
+        let mut optimizer = nn::AdamW { wd: 0.5, ..Default::default() }.build(&vs, 0.1).unwrap();
+        let _ = tied.set_requires_grad(false);
+        let (used, bias) = (tied.shallow_clone(), own.shallow_clone());
+        let stage = Stage::new(nn::func(move |xs| xs.matmul(&used) + &bias));
+        let pipeline = Pipeline::new(vec![stage], 2, Schedule::OneFOneB, &group).unwrap();
+        pipeline.tie(&[0, 1], Some(&tied)).unwrap();
+        let xs = Tensor::ones([4, 2], (Kind::Float, Device::Cpu));
+        for _ in 0..2 {
+            let square = |ys: &Tensor, _: &Tensor| ys.square().mean(Kind::Float);
+            pipeline.step(Some(&xs), Some(&xs), square).unwrap();
+            assert!(!tied.grad().defined());
+            optimizer.step();
+        }
+        assert_eq!(tied, Tensor::ones([2, 2], (Kind::Float, Device::Cpu)));
+        assert_ne!(own, Tensor::ones([2], (Kind::Float, Device::Cpu)));
+    });
+}

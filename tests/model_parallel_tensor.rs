@@ -300,6 +300,67 @@ fn split_cross_entropy_is_torch_s_own_with_ignored_targets_and_large_logits() {
 }
 
 #[test]
+fn split_cross_entropy_is_torch_s_own_where_columns_are_masked_and_where_ranks_have_none_or_there_are_no_tokens()
+ {
+    // Ten columns on four ranks are 3, 3, 2 and 2: the masked ones are all that the last rank has.
+    for (n, columns, masked) in [(4, 10, 2), (1, 10, 2), (4, 3, 0), (8, 5, 1)] {
+        for (kind, tolerance) in KINDS {
+            run_threads(n, |group| {
+                let full = wave(&[5, columns], 0.1, kind);
+                let _ = full.narrow(1, columns - masked, masked).fill_(f64::NEG_INFINITY);
+                let full = full.set_requires_grad(true);
+                let targets = Tensor::from_slice(&[0_i64, 1, IGNORED_TARGET, 2, 0]);
+                let expected =
+                    full.cross_entropy_loss::<Tensor>(&targets, None, Reduction::None, IGNORED_TARGET, 0.0);
+                expected.sum(kind).backward();
+                let range = functional::shard_range(columns, group.rank(), n);
+                let len = range.end - range.start;
+                let local = full.detach().narrow(1, range.start, len).set_requires_grad(true);
+                let losses = vocab_parallel_cross_entropy(&local, &targets, &group).unwrap();
+                assert_close("losses", &losses, &expected, tolerance);
+                losses.sum(kind).backward();
+                let expected = full.grad().narrow(1, range.start, len);
+                assert!(local.grad().allclose(&expected, 0.0, tolerance, false), "{}", local.grad());
+
+                let none = Tensor::zeros([2, 0], (Kind::Int64, Device::Cpu));
+                let empty = Tensor::zeros([2, 0, len], (kind, Device::Cpu)).set_requires_grad(true);
+                let losses = vocab_parallel_cross_entropy(&empty, &none, &group).unwrap();
+                assert_eq!(losses.size(), [2, 0]);
+            });
+        }
+    }
+}
+
+#[test]
+fn an_ignored_token_counts_nothing_even_where_its_logits_are_no_numbers() {
+    run_threads(2, |group| {
+        let logits = Tensor::from_slice(&[0.0, 0.0, f64::NAN, f64::INFINITY]).reshape([2, 2]);
+        let logits = logits.set_requires_grad(true);
+        let targets = Tensor::from_slice(&[1_i64, IGNORED_TARGET]);
+        let losses = vocab_parallel_cross_entropy(&logits, &targets, &group).unwrap();
+        assert_eq!(losses.double_value(&[1]), 0.0);
+        assert!((losses.double_value(&[0]) - 4_f64.ln()).abs() < 1e-12);
+        losses.sum(Kind::Double).backward();
+        let at_target = if group.rank() == 0 { -0.75 } else { 0.25 };
+        assert_eq!(Vec::<f64>::try_from(logits.grad().reshape([-1])).unwrap(), [0.25, at_target, 0.0, 0.0]);
+    });
+}
+
+#[test]
+fn targets_that_are_no_integers_are_refused_before_anything_is_sent() {
+    run_threads(2, |group| {
+        for kind in [Kind::Float, Kind::Double, Kind::Bool] {
+            let targets = Tensor::zeros([3], (kind, Device::Cpu));
+            let error =
+                vocab_parallel_cross_entropy(&Tensor::zeros([3, 2], D), &targets, &group).unwrap_err();
+            assert!(matches!(error, Error::KindMismatch { argument: "targets", .. }), "{error}");
+        }
+        let targets = Tensor::zeros([3], (Kind::Uint8, Device::Cpu));
+        vocab_parallel_cross_entropy(&Tensor::zeros([3, 2], D), &targets, &group).unwrap();
+    });
+}
+
+#[test]
 fn ranks_as_processes_compute_every_layer_alike() {
     run_processes(2, "ranks_as_processes_compute_every_layer_alike", || {
         let group = dist::init_process_group("native", dist::InitOptions::new()).unwrap();
@@ -356,6 +417,14 @@ fn sizes_that_do_not_fit_are_refused_with_what_was_expected() {
         );
         let error = split_sequence(&wave(&[1, 3, 4], 0.0, Kind::Float), &group).unwrap_err().to_string();
         assert!(error.contains("a multiple of the 2 ranks"), "{error}");
+
+        let (weight, bias) = (wave(&[4, 4], 0.0, Kind::Float), wave(&[3], 0.0, Kind::Float));
+        let columns =
+            ColumnParallelLinear::from_full(vs.root(), &weight, Some(&bias), linear, &group).unwrap_err();
+        let rows = RowParallelLinear::from_full(vs.root(), &weight, Some(&bias), linear, &group).unwrap_err();
+        for error in [columns, rows] {
+            assert!(matches!(error, Error::ShapeMismatch { argument: "bias", .. }), "{error}");
+        }
 
         let table = VocabParallelEmbedding::new(vs.root(), 5, 4, linear, &group).unwrap();
         let error = table.f_forward(&Tensor::from_slice(&[1_i64, 5])).unwrap_err().to_string();

@@ -42,17 +42,24 @@ impl Tie {
         Ok(Some(Self { group, tensor, before: None }))
     }
 
-    /// Before a step: puts the gradient of earlier steps aside, so that it is not summed twice.
+    /// Before a step: puts the gradient of earlier steps aside, so that it is not summed twice. A copy of it: where
+    /// gradients live in buckets, the step writes into the same memory.
     pub(super) fn begin(&mut self) -> Result<()> {
         let grad = self.tensor.grad();
-        self.before = grad.defined().then_some(grad);
+        self.before = if grad.defined() { Some(grad.f_detach_copy()?) } else { None };
         set_grad(&mut self.tensor, None)
     }
 
-    /// After it: the sum of all copies' gradients.
+    /// After it: the sum of all copies' gradients. Where no copy has one, as of a frozen weight, none gets one.
     pub(super) fn end(&mut self) -> Result<()> {
         let _no_grad = tch::no_grad_guard();
         let grad = self.tensor.grad();
+        let mut used =
+            Tensor::f_from_slice(&[u8::from(grad.defined())])?.f_to_device(self.tensor.device())?;
+        self.group.all_reduce(&mut used, ReduceOp::Max)?;
+        if used.f_int64_value(&[0])? == 0 {
+            return self.undo();
+        }
         let mut grad = if grad.defined() { grad } else { self.tensor.f_detach()?.f_zeros_like()? };
         self.group.all_reduce(&mut grad, ReduceOp::Sum)?;
         if let Some(before) = self.before.take() {
@@ -61,7 +68,7 @@ impl Tie {
         set_grad(&mut self.tensor, Some(&grad))
     }
 
-    /// A step failed: what was there before is there again.
+    /// What was there before is there again: the step failed, or gave this weight nothing.
     pub(super) fn undo(&mut self) -> Result<()> {
         let before = self.before.take();
         set_grad(&mut self.tensor, before.as_ref())

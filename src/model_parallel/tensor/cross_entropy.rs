@@ -40,19 +40,26 @@ pub fn vocab_parallel_cross_entropy(
     group: &ProcessGroup,
 ) -> Result<Tensor> {
     let shape = logits.size();
-    let tokens = shape.split_last().filter(|(share, _)| **share > 0).map(|(_, tokens)| tokens.to_vec());
-    if tokens.as_ref() != Some(&targets.size()) {
+    let Some((&share, tokens)) = shape.split_last().filter(|(_, tokens)| **tokens == targets.size()) else {
         return Err(Error::ShapeMismatch {
             argument: "targets",
-            expected: format!("the logits' {shape:?} without the last dimension, which must not be 0"),
+            expected: format!("the logits' {shape:?} without the last dimension"),
             got: format!("{:?}", targets.size()),
         });
+    };
+    if !matches!(targets.kind(), Kind::Int64 | Kind::Int | Kind::Int16 | Kind::Int8 | Kind::Uint8) {
+        return Err(Error::KindMismatch {
+            argument: "targets",
+            expected: "integers".to_owned(),
+            got: format!("{:?}", targets.kind()),
+        });
     }
-    let function =
-        CrossEntropy { targets: targets.f_reshape([-1])?, kind: logits.kind(), group: group.clone() };
-    let losses = function.apply(&[&logits.f_reshape([targets.numel() as i64, -1])?])?;
+    let targets = targets.f_to_kind(Kind::Int64)?.f_reshape([-1])?;
+    let rows = logits.f_reshape([targets.numel() as i64, share])?;
+    let function = CrossEntropy { targets, kind: logits.kind(), group: group.clone() };
+    let losses = function.apply(&[&rows])?;
     let losses = losses.first().ok_or_else(|| Error::invalid("logits", "gave no loss"))?;
-    Ok(losses.f_reshape(targets.size())?)
+    Ok(losses.f_reshape(tokens)?)
 }
 
 struct CrossEntropy {
@@ -70,7 +77,12 @@ impl CrossEntropy {
         let (tokens, columns) = logits.size2()?;
         let mut slots = Tensor::f_full([size], f64::NEG_INFINITY, (logits.kind(), logits.device()))?;
         let _ = slots.f_narrow(0, rank, 1)?.f_fill_(columns as f64)?;
-        slots = Tensor::f_cat(&[logits.f_amax([-1_i64], false)?, slots], 0)?;
+        // A rank may have no columns at all: more ranks than tokens in the vocabulary.
+        let own = match columns {
+            0 => logits.f_new_full([tokens], f64::NEG_INFINITY, (logits.kind(), logits.device()))?,
+            _ => logits.f_amax([-1_i64], false)?,
+        };
+        slots = Tensor::f_cat(&[own, slots], 0)?;
         self.group.all_reduce(&mut slots, ReduceOp::Max)?;
         let columns = Vec::<f64>::try_from(slots.f_narrow(0, tokens, size)?.f_to_kind(Kind::Double)?)?;
         Ok((slots.f_narrow(0, 0, tokens)?, columns.into_iter().map(|c| c as i64).collect()))
@@ -84,38 +96,44 @@ impl Function for CrossEntropy {
             _ => inputs[0].shallow_clone(),
         };
         let (maxima, columns) = self.maxima(&logits)?;
-        let counted = self.targets.f_ne(IGNORED_TARGET)?;
-        let targets = self.targets.f_masked_fill(&counted.f_logical_not()?, 0)?.f_to_kind(Kind::Int64)?;
+        let ignored = self.targets.f_eq(IGNORED_TARGET)?;
+        let targets = self.targets.f_masked_fill(&ignored, 0)?;
         check_ids(&targets, columns.iter().sum(), "targets")?;
 
         let rank = self.group.rank();
         let local = targets.f_sub_scalar(columns[..rank].iter().sum::<i64>())?;
-        let here = local.f_ge(0)?.f_logical_and(&local.f_lt(columns[rank])?)?.f_logical_and(&counted)?;
-        let local = local.f_masked_fill(&here.f_logical_not()?, 0)?.f_unsqueeze(-1)?;
-        let here = here.f_to_kind(logits.kind())?;
+        let elsewhere = local.f_lt(0)?.f_logical_or(&local.f_ge(columns[rank])?)?.f_logical_or(&ignored)?;
+        let local = local.f_masked_fill(&elsewhere, 0)?.f_unsqueeze(-1)?;
 
+        // What does not count is filled with zeros, not multiplied by them: it may be infinite, as the logits of
+        // columns that only pad the vocabulary are.
         let shifted = logits.f_sub(&maxima.f_unsqueeze(-1)?)?;
-        let target = shifted.f_gather(-1, &local, false)?.f_squeeze_dim(-1)?.f_mul(&here)?;
+        let target = match columns[rank] {
+            0 => maxima.f_zeros_like()?,
+            _ => shifted.f_gather(-1, &local, false)?.f_squeeze_dim(-1)?.f_masked_fill(&elsewhere, 0)?,
+        };
         let exponentials = shifted.f_exp()?;
         let mut sums = Tensor::f_stack(&[exponentials.f_sum_dim_intlist(-1, false, None)?, target], 0)?;
         self.group.all_reduce(&mut sums, ReduceOp::Sum)?;
         let (total, target) = (sums.f_get(0)?, sums.f_get(1)?);
-        let losses = total.f_log()?.f_sub(&target)?.f_mul(&counted.f_to_kind(logits.kind())?)?;
+        let losses = total.f_log()?.f_sub(&target)?.f_masked_fill(&ignored, 0)?;
 
         let softmax = exponentials.f_div(&total.f_unsqueeze(-1)?)?;
-        let counted = counted.f_to_kind(logits.kind())?;
-        ctx.save_for_backward(&[&softmax, &local, &here, &counted]);
+        ctx.save_for_backward(&[&softmax, &local, &elsewhere, &ignored]);
         Ok(vec![losses])
     }
 
     fn backward(&mut self, ctx: &Context, grads: &[Option<Tensor>]) -> Result<Vec<Option<Tensor>>> {
         let saved = ctx.saved();
-        let (Some(Some(grad)), [softmax, local, here, counted]) = (grads.first(), saved) else {
+        let (Some(Some(grad)), [softmax, local, elsewhere, ignored]) = (grads.first(), saved) else {
             return Ok(vec![None]);
         };
-        let grad = grad.f_mul(counted)?;
-        let at_target = grad.f_mul(here)?.f_neg()?.f_unsqueeze(-1)?;
-        let grad = softmax.f_mul(&grad.f_unsqueeze(-1)?)?.f_scatter_add(-1, local, &at_target)?;
-        Ok(vec![Some(grad.f_to_kind(self.kind)?)])
+        let mut logits = softmax.f_mul(&grad.f_unsqueeze(-1)?)?;
+        if logits.size().last() != Some(&0) {
+            let at_target = grad.f_neg()?.f_masked_fill(elsewhere, 0)?.f_unsqueeze(-1)?;
+            logits = logits.f_scatter_add(-1, local, &at_target)?;
+        }
+        let logits = logits.f_masked_fill(&ignored.f_unsqueeze(-1)?, 0)?;
+        Ok(vec![Some(logits.f_to_kind(self.kind)?)])
     }
 }

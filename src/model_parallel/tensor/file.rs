@@ -25,6 +25,23 @@ struct Entry {
     data_offsets: [u64; 2],
 }
 
+/// The kinds that a file can have here, by the format's names for them.
+const KINDS: [(&str, Kind); 10] = [
+    ("BOOL", Kind::Bool),
+    ("U8", Kind::Uint8),
+    ("I8", Kind::Int8),
+    ("I16", Kind::Int16),
+    ("I32", Kind::Int),
+    ("I64", Kind::Int64),
+    ("BF16", Kind::BFloat16),
+    ("F16", Kind::Half),
+    ("F32", Kind::Float),
+    ("F64", Kind::Double),
+];
+
+/// What a rank says of a parameter that it will send: its name, its kind's number in [`KINDS`], its full size.
+type Look = (String, Option<usize>, Vec<i64>);
+
 /// A file whose tensors can be read in part.
 struct Source {
     file: File,
@@ -53,8 +70,10 @@ impl Layout {
 
     /// Writes the whole model to one safetensors file, as one process would. `model` holds all ranks of one copy of
     /// the model (of a mesh, its tensor and pipeline axes flattened), and all of them call it; its rank 0 writes.
+    /// Stages must give their parameters different names, except copies ([`mark_copy`](Self::mark_copy)).
     ///
     /// # Errors
+    /// `InvalidArgument` on every rank for a name that two stages give, and for a kind that the format does not have;
     /// `Object` on every rank where the file cannot be written; those of the groups' collectives.
     #[doc(alias = "save_state_dict")]
     pub fn save(&self, vs: &nn::VarStore, path: impl AsRef<Path>, model: &ProcessGroup) -> Result<()> {
@@ -63,12 +82,15 @@ impl Layout {
         let variables: BTreeMap<_, _> =
             vs.variables().into_iter().filter(|(name, _)| !self.is_copy(name)).collect();
         let speaks = self.group().rank() == 0;
-        let looks: Vec<(String, Vec<i64>)> = variables
+        let kind = |t: &Tensor| KINDS.iter().position(|(_, kind)| *kind == t.kind());
+        let looks: Vec<Look> = variables
             .iter()
             .filter(|_| speaks)
-            .map(|(name, t)| (name.clone(), self.full_size(name, t)))
+            .map(|(name, t)| (name.clone(), kind(t), self.full_size(name, t)))
             .collect();
         let all = model.all_gather_object(&looks)?;
+        // All ranks see the same looks, and so agree whether to go on.
+        check_looks(&all)?;
         let mut whole = Vec::new();
         for (name, variable) in &variables {
             let full = self.full(name, variable)?.f_contiguous()?;
@@ -79,9 +101,9 @@ impl Layout {
             }
         }
         if model.rank() == 0 {
-            let kind = variables.values().next().map_or(Kind::Float, Tensor::kind);
             for (rank, looks) in all.into_iter().enumerate().skip(1) {
-                for (name, size) in looks {
+                for (name, kind, size) in looks {
+                    let kind = kind.map_or(Kind::Float, |k| KINDS[k].1);
                     let mut full = Tensor::f_empty(&size, (kind, vs.device()))?;
                     model.recv(&mut full, rank, TAG)?;
                     whole.push((name, full));
@@ -104,6 +126,32 @@ impl Layout {
         }
         size
     }
+}
+
+/// Whether one file can hold what these ranks have.
+fn check_looks(all: &[Vec<Look>]) -> Result<()> {
+    let mut owners = BTreeMap::new();
+    let mut twice = Vec::new();
+    for (rank, looks) in all.iter().enumerate() {
+        for (name, kind, _) in looks {
+            if kind.is_none() {
+                let reason = format!("{name} of rank {rank} has a kind that a safetensors file cannot hold");
+                return Err(Error::invalid("vs", reason));
+            }
+            if let Some(owner) = owners.insert(name, rank) {
+                twice.push(format!("{name} (ranks {owner} and {rank})"));
+            }
+        }
+    }
+    if twice.is_empty() {
+        return Ok(());
+    }
+    let reason = format!(
+        "two stages have parameters of one name: {}. Give each stage a path of its own; what is a copy is marked \
+         with mark_copy",
+        twice.join(", ")
+    );
+    Err(Error::invalid("vs", reason))
 }
 
 /// The file appears whole or not at all.
@@ -133,15 +181,19 @@ impl Source {
         for (name, value) in header.into_iter().filter(|(name, _)| name != "__metadata__") {
             let entry: Entry =
                 serde_json::from_value(value).map_err(|e| odd(format!("has a damaged entry {name}: {e}")))?;
-            let elements = entry.shape.iter().try_fold(1_i64, |n, &d| n.checked_mul(d).filter(|n| *n >= 0));
-            let bytes =
-                elements.and_then(|n| n.checked_mul(kind_of(&entry.dtype)?.elt_size_in_bytes() as i64));
             let [start, end] = entry.data_offsets;
-            if end.checked_sub(start) != bytes.map(|b| b as u64) || end > size - 8 - length {
-                return Err(odd(format!(
-                    "has a damaged entry {name}, or one of an unknown kind {}",
-                    entry.dtype
-                )));
+            let place = end.checked_sub(start).filter(|_| end <= size - 8 - length);
+            let fits = match (elements(&entry.shape), kind_of(&entry.dtype)) {
+                (Some(n), Some(kind)) => {
+                    place.is_some()
+                        && n.checked_mul(kind.elt_size_in_bytes() as i64).map(|b| b as u64) == place
+                }
+                // Of another kind: passed over, unless the model asks for it.
+                (Some(_), None) => place.is_some(),
+                (None, _) => false,
+            };
+            if !fits {
+                return Err(odd(format!("has a damaged entry {name}")));
             }
             entries.insert(name, entry);
         }
@@ -151,9 +203,12 @@ impl Source {
     /// This rank's part of a tensor.
     fn read(&self, name: &str, layout: &Layout) -> Result<Tensor> {
         let entry = self.entries.get(name);
-        let entry = entry.ok_or_else(|| Error::invalid("path", format!("the file has no tensor {name}")))?;
+        let entry = entry.ok_or_else(|| {
+            let hint = if layout.is_copy(name) { ": a copy is read by its own name" } else { "" };
+            Error::invalid("path", format!("the file has no tensor {name}{hint}"))
+        })?;
         let kind = kind_of(&entry.dtype)
-            .ok_or_else(|| Error::invalid("path", format!("unknown {}", entry.dtype)))?;
+            .ok_or_else(|| Error::invalid("path", format!("{name} has the unknown kind {}", entry.dtype)))?;
         let mut size = entry.shape.clone();
         let mut pieces = Vec::new();
         match layout.shard(name) {
@@ -193,17 +248,12 @@ impl Source {
 }
 
 fn kind_of(dtype: &str) -> Option<Kind> {
-    Some(match dtype {
-        "BOOL" => Kind::Bool,
-        "U8" => Kind::Uint8,
-        "I8" => Kind::Int8,
-        "I16" => Kind::Int16,
-        "I32" => Kind::Int,
-        "I64" => Kind::Int64,
-        "BF16" => Kind::BFloat16,
-        "F16" => Kind::Half,
-        "F32" => Kind::Float,
-        "F64" => Kind::Double,
-        _ => return None,
-    })
+    KINDS.iter().find(|(name, _)| *name == dtype).map(|(_, kind)| *kind)
+}
+
+/// How many elements a tensor of this shape has; `None` for no shape at all.
+fn elements(shape: &[i64]) -> Option<i64> {
+    // Also without its zeros it must be a number, for its parts are counted too.
+    let most = shape.iter().try_fold(1_i64, |n, &d| n.checked_mul(d.max(1)).filter(|_| d >= 0))?;
+    Some(if shape.contains(&0) { 0 } else { most })
 }

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use tch::{Tensor, nn};
 
 use super::split::Split;
-use crate::{Error, ProcessGroup, Result};
+use crate::{Error, ProcessGroup, Result, libtorch};
 
 thread_local! {
     static RECORDING: RefCell<Vec<BTreeMap<String, Shard>>> = const { RefCell::new(Vec::new()) };
@@ -66,7 +66,8 @@ impl Layout {
     }
 
     /// Notes that a parameter is a copy of one that another rank of the model owns, such as the head's copy of a
-    /// tied embedding on the last pipeline stage: it is not counted in norms and not saved.
+    /// tied embedding on the last pipeline stage: it is not counted in norms and not saved. Loading reads it by its own
+    /// name, so give it the name that its owner has.
     pub fn mark_copy(&mut self, name: &str) {
         self.copies.insert(name.to_owned());
     }
@@ -156,13 +157,27 @@ pub(super) fn check_fits(name: &str, got: &[i64], expected: &[i64]) -> Result<()
 
 /// Adds a shard to the model's parameters, and to the recording that is going on, if one is.
 pub(super) fn add_shard(path: &nn::Path<'_>, name: &str, shard: Tensor, split: &Split) -> Tensor {
+    let taken = path.get(name).is_some();
     let shard = path.add(name, shard, true);
     RECORDING.with_borrow_mut(|recordings| {
         if let Some(recording) = recordings.last_mut() {
-            recording.insert(path.path(name), Shard { split: split.clone() });
+            let name = if taken { renamed(path, name, &shard) } else { name.to_owned() };
+            recording.insert(path.path(&name), Shard { split: split.clone() });
         }
     });
     shard
+}
+
+/// The name that tch gave a parameter because another has its own: `name__N`, N the parameters there were.
+fn renamed(path: &nn::Path<'_>, name: &str, added: &Tensor) -> String {
+    let mut number = 1;
+    loop {
+        let name = format!("{name}__{number}");
+        if path.get(&name).is_some_and(|t| libtorch::same(&t, added)) {
+            return name;
+        }
+        number += 1;
+    }
 }
 
 /// A recording ends even if building the model panics.

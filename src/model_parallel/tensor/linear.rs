@@ -64,6 +64,13 @@ impl Sharding {
     ) -> Result<Parameters> {
         let _no_grad = tch::no_grad_guard();
         let (out_dim, _) = weight_size(weight)?;
+        if let Some(bias) = bias.filter(|bias| bias.size() != [out_dim]) {
+            return Err(Error::ShapeMismatch {
+                argument: "bias",
+                expected: format!("{:?}, the weight's outputs", [out_dim]),
+                got: format!("{:?}", bias.size()),
+            });
+        }
         let ws = self.ws.take(&weight.f_to_device(path.device())?, group.rank())?;
         let (whole, part) = (Split::new(0, &[out_dim], 1), self.bs.as_ref().map(|bs| (bs, group.rank())));
         let (split, rank) = part.unwrap_or((&whole, 0));

@@ -16,7 +16,8 @@ use crate::{Error, ReduceOp, Result};
 pub enum Op {
     /// Combine `outputs[0]` of all ranks in place; all ranks get the result.
     AllReduce(ReduceOp),
-    /// Combine `inputs[0]` of all ranks into `outputs[0]` of `dst`; elsewhere `outputs` is empty.
+    /// Combine `inputs[0]` of all ranks into `outputs[0]` of `dst`, which is the same memory there; elsewhere
+    /// `outputs` is empty.
     Reduce {
         /// How to combine.
         op: ReduceOp,
@@ -236,8 +237,8 @@ pub fn segment_numel(segment: &[Buffer<'_>]) -> usize {
 
 /// One collective operation on this rank's buffers, checked: ranks are in range, kinds agree,
 /// buffers are contiguous and dense, outputs do not overlap one another, a 0-element call is a call
-/// all the same. Inputs share no memory with outputs, but for one case: in `AllGather` and `Gather`
-/// the input may be exactly `outputs[rank]`.
+/// all the same. Inputs share no memory with outputs, but for these: in `AllGather` and `Gather` the
+/// input may be exactly `outputs[rank]`; in `Reduce` it is exactly the output on `dst`.
 ///
 /// How a segment is cut into buffers is this rank's own business: ranks agree on the number of
 /// elements of a segment, not on its cuts.

@@ -127,7 +127,8 @@ impl ProcessGroup {
     pub fn abort(&self) -> Result<()> {
         match self.inner.abortable() {
             Ok(()) => self.inner.abort(Arc::new(Error::Aborted)),
-            Err(Error::Poisoned { .. }) => {}
+            // What is pending may not know yet: of a rank that was lost in another group, say.
+            Err(Error::Poisoned { .. }) => self.inner.pass_on(),
             Err(destroyed) => return Err(destroyed),
         }
         Ok(())
@@ -163,7 +164,7 @@ impl ProcessGroup {
     /// });
     /// ```
     pub fn destroy(&self) -> Result<()> {
-        self.inner.destroy()
+        self.inner.destroy(self.timeout())
     }
 
     /// Whether a caller was told that this group or one beside it has failed.

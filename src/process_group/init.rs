@@ -274,7 +274,7 @@ pub fn destroy_process_group() -> Result<()> {
     group.inner.universe.leave();
     let mut outcome = Ok(());
     for group in group.inner.universe.groups().iter().rev() {
-        let ended = group.destroy();
+        let ended = group.destroy(group.timeout());
         if outcome.is_ok() {
             outcome = ended;
         }

@@ -233,6 +233,14 @@ impl Inner {
         self.cause.lock().clone()
     }
 
+    /// The global rank that was lost, if that is the first failure.
+    fn lost(&self) -> Option<usize> {
+        match self.cause().as_deref() {
+            Some(&Error::PeerLost { rank, .. }) => self.ranks.get(rank).copied(),
+            _ => None,
+        }
+    }
+
     /// Makes every later call fail with this cause, unless there is an earlier one.
     pub(super) fn poison(&self, cause: Arc<Error>) {
         let mut first = self.cause.lock();
@@ -275,8 +283,13 @@ impl Inner {
         self.note(&error);
         if matches!(error, Error::Poisoned { .. }) || error.poisons() {
             self.tell();
+            let lost = self.lost();
             for group in self.universe.groups() {
                 group.pass_on();
+                if lost.is_some() && group.lost() == lost {
+                    // It is the same failure.
+                    group.told.store(true, Ordering::Relaxed);
+                }
             }
         }
         error
@@ -297,7 +310,8 @@ impl Inner {
         }
     }
 
-    fn pass_on(&self) {
+    /// Ends what is pending on a group that has failed.
+    pub(super) fn pass_on(&self) {
         let Some(cause) = self.cause() else { return };
         // A `destroy` that waits is freed as well.
         let live = self.state.load(Ordering::Acquire) != DESTROYED;
@@ -321,17 +335,20 @@ impl Inner {
 
     /// Leaves in good order. The first time only; a group that failed has nothing to wait for, and
     /// nothing to say unless nobody was told.
-    pub(super) fn destroy(&self) -> Result<()> {
+    pub(super) fn destroy(&self, timeout: Duration) -> Result<()> {
         let leave = |state| (state < LEAVING).then_some(LEAVING);
         let Ok(before) = self.state.fetch_update(Ordering::AcqRel, Ordering::Acquire, leave) else {
             return Ok(());
         };
+        if before == FAILED {
+            self.pass_on();
+        }
         let mut outcome = match self.cause() {
             Some(cause) if before == FAILED && !self.told() => Err(cause.duplicate()),
             _ => Ok(()),
         };
         for backend in self.backends.all() {
-            let timeout = if before == FAILED { Duration::ZERO } else { self.timeout() };
+            let timeout = if before == FAILED { Duration::ZERO } else { timeout };
             let ended = backend.shutdown(timeout);
             if before == USABLE && outcome.is_ok() {
                 outcome = ended;
@@ -358,4 +375,76 @@ impl Drop for Inner {
 
 fn nanoseconds(timeout: Duration) -> u64 {
     u64::try_from(timeout.as_nanos()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use tch::{Device, Kind, Tensor};
+
+    use crate::{Error, InitOptions, testing};
+
+    fn lost() -> Error {
+        Error::PeerLost { rank: 1, op: "all_reduce".to_owned(), source: None }
+    }
+
+    /// Two ranks, in a group beside the default one; calls may take long.
+    fn beside(run: impl Fn(crate::ProcessGroup, crate::ProcessGroup) + Send + Sync) {
+        let options = InitOptions::new().timeout(Duration::from_secs(300));
+        testing::run_threads_on("native", options, 2, |group| {
+            let own = group.new_group(&[0, 1]).unwrap().unwrap();
+            run(group, own);
+        });
+    }
+
+    #[test]
+    fn abort_and_destroy_free_who_waits_in_a_group_that_failed_because_of_another() {
+        for destroy in [false, true] {
+            beside(|group, own| {
+                let mut tensor = Tensor::zeros([2], (Kind::Float, Device::Cpu));
+                if group.rank() == 1 {
+                    // The other rank ends this.
+                    assert!(own.recv(&mut tensor, 0, 0).is_err());
+                    return;
+                }
+                let pending = own.irecv(&tensor, 1, 0).unwrap();
+                own.inner.note(&lost());
+                if destroy {
+                    assert!(matches!(own.destroy(), Err(Error::PeerLost { rank: 1, .. })));
+                } else {
+                    own.abort().unwrap();
+                }
+                let error = pending.wait().unwrap_err();
+                let lost = |error: &Error| matches!(error, Error::PeerLost { rank: 1, .. });
+                let named = match &error {
+                    Error::Poisoned { cause } => lost(cause),
+                    other => lost(other),
+                };
+                assert!(named, "{error}");
+            });
+        }
+    }
+
+    #[test]
+    fn a_loss_that_a_caller_was_told_of_is_no_second_error_of_a_group_beside() {
+        beside(|group, own| {
+            if group.rank() == 0 {
+                group.inner.fail(lost());
+                own.destroy().unwrap();
+            }
+        });
+    }
+
+    #[test]
+    fn destroy_waits_as_long_as_calls_through_its_handle() {
+        beside(|group, own| {
+            if group.rank() == 0 {
+                let error = own.with_timeout(Duration::from_secs(1)).destroy().unwrap_err();
+                let Error::Timeout { elapsed, missing, .. } = &error else { panic!("{error}") };
+                assert!(*elapsed < Duration::from_secs(100) && *missing == [1], "{error}");
+            }
+            group.barrier().unwrap();
+        });
+    }
 }

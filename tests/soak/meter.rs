@@ -63,22 +63,6 @@ impl Holdings {
     }
 }
 
-/// This process's part of the memory that is really there in segments of ours (its "proportional set").
-pub fn slots() -> u64 {
-    let maps = fs::read_to_string("/proc/self/smaps").expect("procfs");
-    let mut ours = false;
-    let mut kib = 0;
-    for line in maps.lines() {
-        let (first, rest) = line.split_once(char::is_whitespace).unwrap_or((line, ""));
-        if !first.ends_with(':') {
-            ours = rest.contains("memfd:tch-distributed");
-        } else if ours && first == "Pss:" {
-            kib += rest.trim().trim_end_matches(" kB").parse::<u64>().expect("a number of kB");
-        }
-    }
-    kib << 10
-}
-
 /// How long connections that were closed take to go, at most, with what is still to be said over them.
 pub const LAST_WORDS: Duration = Duration::from_millis(1500);
 

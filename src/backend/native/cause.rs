@@ -86,7 +86,11 @@ impl Cause {
         match self {
             Self::Desync { seq, calls, gone } => desync(*seq, calls, gone, rank),
             Self::Disagree { op, seq, by, with } => {
-                let (theirs, ours) = if with.0 == rank { (by, &with.1) } else { (with, &by.1) };
+                // A third rank called what one of them did, if not something else of the same words.
+                let mine =
+                    ours.filter(|s| s.seq == *seq && rank != by.0).map(|s| stamp::words(s.fingerprint));
+                let sides_with = with.0 == rank || mine.is_some_and(|mine| mine == with.1);
+                let (theirs, ours) = if sides_with { (by, &with.1) } else { (with, &by.1) };
                 Error::Desync {
                     op: op.clone(),
                     seq: *seq,

@@ -7,6 +7,7 @@ use super::cause::{Cause, lost, words_of_absence};
 use super::control::{Overdue, Presence, Stranded};
 use super::engine::Engine;
 use super::ledger::{DEPTH, Report};
+use super::stamp;
 use super::transport::Stamp;
 use crate::Error;
 
@@ -174,8 +175,19 @@ impl Diagnosis {
             }
             return None;
         }
-        let mut calls: Vec<Option<u128>> = answers.iter().map(|a| a.and_then(|a| a.call)).collect();
-        calls[engine.rank] = engine.ledger.call(self.seq);
+        let own = engine.ledger.call(self.seq);
+        // This rank may have gone on with many calls that nobody waits for.
+        let remembered = (self.stamp.seq == self.seq).then_some(self.stamp.fingerprint);
+        let own = own.or(remembered.filter(|&call| call != stamp::UNKNOWN));
+        let called = |rank: usize| match (answers[rank].map(|a| (a.entered, a.call)), &presence[rank]) {
+            _ if rank == engine.rank => own,
+            (Some((_, Some(call))), _) => Some(call),
+            // It has called something, and cannot tell what: that proves nothing against it.
+            (Some((entered, None)), _) if entered >= self.seq => own,
+            (_, Presence::Left(calls) | Presence::Closed(calls)) if *calls >= self.seq => own,
+            _ => None,
+        };
+        let calls: Vec<Option<u128>> = (0..engine.size).map(called).collect();
         if calls.iter().all(|call| *call == calls[0]) {
             // All agree on the call: the two disagree about a message in it.
             return Some(Cause::of(&self.finding, engine.rank));
@@ -218,7 +230,7 @@ impl Diagnosis {
         };
         let call = call.and_then(|seq| engine.ledger.call(seq).map(|call| (seq, call)));
         Some(Cause::Timeout {
-            op: call.map_or_else(|| op.clone(), |(_, call)| super::stamp::op_name(call).to_owned()),
+            op: call.map_or_else(|| op.clone(), |(_, call)| stamp::op_name(call).to_owned()),
             seq: call.map_or(self.seq, |(seq, _)| seq),
             elapsed: now.duration_since(self.entered),
             missing,

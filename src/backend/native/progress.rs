@@ -84,9 +84,10 @@ pub(crate) fn enlist(task: Arc<dyn Task>) -> io::Result<()> {
 
 /// Makes the thread look around, if it sleeps.
 pub(crate) fn nudge() {
-    if ASLEEP.load(Ordering::SeqCst)
+    // While nobody knows how to wake the thread, it stays asleep: who started it wakes it as soon as that is known.
+    if let Some(progress) = PROGRESS.get()
+        && ASLEEP.load(Ordering::SeqCst)
         && ASLEEP.swap(false, Ordering::SeqCst)
-        && let Some(progress) = PROGRESS.get()
     {
         // The counter cannot overflow: one nudge a sleep. A failure would mean a late wake-up.
         let _ = rustix::io::write(&progress.wake, &1u64.to_ne_bytes());

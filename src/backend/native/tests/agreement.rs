@@ -107,6 +107,48 @@ fn lengths_that_two_ranks_disagree_about_are_told_to_both() {
     }
 }
 
+fn lengths_that_two_ranks_disagree_about_are_told_though_a_third_is_done_and_gone() {
+    let errors = ranks(3, |rank| {
+        let len = |other: usize| if rank.rank == 0 && other == 1 { 3 } else { 4 };
+        let inputs: Vec<Tensor> = (0..3).map(|r| tensor(len(r), Kind::Float)).collect();
+        let outputs: Vec<Tensor> = (0..3).map(|_| tensor(4, Kind::Float)).collect();
+        let result = rank.run(Op::AllToAll, Kind::Float, segments(&inputs), segments(&outputs));
+        // Rank 2 may find nothing, and leave without a word.
+        (rank.rank < 2)
+            .then(|| result.and_then(|()| rank.barrier()).expect_err("3 elements for 4").to_string())
+    });
+    for error in errors.into_iter().flatten() {
+        let told = |elements, bytes| error.contains(elements) || error.contains(bytes);
+        assert!(told("all_to_all with 3 elements", "all_to_all with 12 bytes"), "{error}");
+        assert!(told("4 elements", "16 bytes"), "{error}");
+    }
+}
+
+fn the_odd_one_is_named_by_ranks_that_have_gone_on_with_many_calls() {
+    let errors = ranks(3, |rank| {
+        let kind = if rank.rank == 1 { Kind::Double } else { Kind::Float };
+        let first = rank.submit(all_reduce(4, kind, ReduceOp::Sum));
+        // More than a rank remembers of what it called.
+        let more: Vec<_> = (0..150).map(|_| rank.submit(all_reduce(4, Kind::Float, ReduceOp::Sum))).collect();
+        let error = first.wait().expect_err("ranks disagree");
+        assert!(more.into_iter().all(|call| call.wait().is_err()));
+        error
+    });
+    for (rank, error) in errors.iter().enumerate() {
+        let error = match error {
+            Error::Poisoned { cause } => cause,
+            other => other,
+        };
+        let Error::Desync { seq: 1, rank: named, theirs, ours, .. } = error else {
+            panic!("rank {rank}: {error}")
+        };
+        // A rank that does not remember its own call may be told in the words of the two that found out.
+        let both = [theirs, ours].map(|words| words.contains("Double"));
+        assert!(both[0] != both[1] && *named < 3, "rank {rank}: {error}");
+        assert!(rank != 1 || (*named != 1 && both[1]), "rank {rank}: {error}");
+    }
+}
+
 fn a_skipped_last_call_is_found_at_shutdown() {
     let errors = ranks(3, |rank| {
         rank.barrier().unwrap();
@@ -175,6 +217,8 @@ on_every_transport! {
     a_different_count_is_told_in_words,
     a_different_kind_or_reduce_op_is_told_in_words,
     lengths_that_two_ranks_disagree_about_are_told_to_both,
+    lengths_that_two_ranks_disagree_about_are_told_though_a_third_is_done_and_gone,
+    the_odd_one_is_named_by_ranks_that_have_gone_on_with_many_calls,
     a_skipped_last_call_is_found_at_shutdown,
     a_skipped_last_call_is_found_however_soon_the_others_go,
     a_rank_that_calls_twice_is_found,

@@ -97,7 +97,8 @@ pub fn calibrate(group: &ProcessGroup) -> Result<Calibration> {
 fn measure(group: &ProcessGroup, collective: Collective, bytes: usize) -> Result<f64> {
     let ranks = group.size() as i64;
     let share = (bytes as i64 / 4 / ranks).max(1);
-    let options = (Kind::Float, Device::Cpu);
+    let device = group.object_device();
+    let options = (Kind::Float, device);
     let mut whole = Tensor::f_zeros([share * ranks], options)?;
     let mut part = Tensor::f_zeros([share], options)?;
     let mut times = Vec::with_capacity(ROUNDS);
@@ -111,12 +112,16 @@ fn measure(group: &ProcessGroup, collective: Collective, bytes: usize) -> Result
             Collective::Broadcast => group.broadcast(&mut whole, 0)?,
             _ => group.barrier()?,
         }
+        if let Device::Cuda(index) = device {
+            // A call has only been given to the device.
+            tch::Cuda::synchronize(index as i64);
+        }
         if round > 0 {
             times.push(start.elapsed().as_secs_f64()); // the first round warms up
         }
     }
     times.sort_by(f64::total_cmp);
-    let mut slowest = Tensor::from_slice(&[times[ROUNDS / 2]]);
+    let mut slowest = Tensor::from_slice(&[times[ROUNDS / 2]]).f_to_device(device)?;
     group.all_reduce(&mut slowest, ReduceOp::Max)?;
     Ok(slowest.f_double_value(&[0])?.max(1e-9))
 }

@@ -42,7 +42,7 @@ fn length(header: &[i64], rank: usize) -> Result<i64> {
 
 impl ProcessGroup {
     /// Where objects travel: the CPU, or the GPU where there is no backend for the CPU.
-    fn object_device(&self) -> Device {
+    pub(crate) fn object_device(&self) -> Device {
         if self.inner.backends.cpu.is_some() {
             Device::Cpu
         } else {

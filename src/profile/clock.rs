@@ -35,27 +35,33 @@ pub(crate) fn thread_cpu_ns() -> u64 {
 /// A collective.
 pub(crate) fn offset_ns(group: &ProcessGroup) -> Result<i64> {
     const ROUNDS: usize = 9;
-    const TAG: u32 = 0xffff_0c10;
-    let options = (Kind::Int64, tch::Device::Cpu);
+    // Every backend takes it: gloo's tags end below `i32::MAX`.
+    const TAG: u32 = 0x7fff_0c10;
+    let device = group.object_device();
+    let options = (Kind::Int64, device);
+    let time = |ns: i64| Tensor::from_slice(&[ns]).f_to_device(device);
     let mut offset = 0;
     for peer in 1..group.size() {
         if group.rank() == 0 {
             for _ in 0..ROUNDS {
                 let mut ask = Tensor::f_zeros([1], options)?;
                 group.recv(&mut ask, peer, TAG)?;
-                group.send(&Tensor::from_slice(&[now_ns() as i64]), peer, TAG)?;
+                // On a device a receive is over when its value can be read.
+                ask.f_int64_value(&[0])?;
+                group.send(&time(now_ns() as i64)?, peer, TAG)?;
             }
         } else if group.rank() == peer {
             let mut quickest = i64::MAX;
             for _ in 0..ROUNDS {
                 let before = now_ns() as i64;
-                group.send(&Tensor::from_slice(&[before]), 0, TAG)?;
+                group.send(&time(before)?, 0, TAG)?;
                 let mut theirs = Tensor::f_zeros([1], options)?;
                 group.recv(&mut theirs, 0, TAG)?;
+                let theirs = theirs.f_int64_value(&[0])?;
                 let after = now_ns() as i64;
                 if after - before < quickest {
                     quickest = after - before;
-                    offset = before + quickest / 2 - theirs.f_int64_value(&[0])?;
+                    offset = before + quickest / 2 - theirs;
                 }
             }
         }

@@ -129,8 +129,9 @@ mod tests {
     use tch::Tensor;
 
     use super::*;
+    use crate::InitOptions;
     use crate::ReduceOp;
-    use crate::testing::run_threads;
+    use crate::testing::{run_threads, run_threads_on};
 
     #[test]
     fn a_slowed_rank_is_named_and_others_are_seen_to_wait() {
@@ -178,6 +179,19 @@ mod tests {
             profiler.finish().unwrap().unwrap()
         });
         assert_eq!(reports[0].slowest().map(|s| s.0), Some(2), "{}", reports[0]);
+    }
+
+    #[test]
+    fn a_group_over_gloo_is_profiled_too() {
+        let reports = run_threads_on("gloo", InitOptions::new(), 2, |group| {
+            let profiler = Profiler::new(&group, ProfileOptions::new().enabled(true)).unwrap();
+            let mut t = Tensor::from_slice(&[1.0f32; 4]);
+            profiler.step(|| group.all_reduce(&mut t, ReduceOp::Sum).unwrap());
+            profiler.finish().unwrap().unwrap()
+        });
+        assert_eq!(reports[0], reports[1]);
+        let reduce = reports[0].activities.iter().find(|a| a.activity.name() == "all_reduce").unwrap();
+        assert_eq!((reduce.count, reduce.bytes), (2, 2 * 16));
     }
 
     #[test]

@@ -82,6 +82,10 @@ pub(crate) fn is_here(addresses: &[SocketAddr]) -> bool {
     addresses.iter().any(|a| std::net::UdpSocket::bind((a.ip(), 0)).is_ok())
 }
 
+fn is_unreachable(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::NetworkUnreachable | io::ErrorKind::HostUnreachable)
+}
+
 impl Wire {
     /// Waits until a store answers, with growing pauses; `waiting` is called after each attempt in vain.
     pub(crate) fn knock(
@@ -90,21 +94,32 @@ impl Wire {
         timeout: Duration,
         mut waiting: impl FnMut(&io::Error),
     ) -> Result<Self, NoWire> {
-        let addresses = resolve(host, port).map_err(NoWire::Wrong)?;
+        Self::knock_at(&resolve(host, port).map_err(NoWire::Wrong)?, timeout, &mut waiting)
+    }
+
+    /// The same at addresses, of which there is at least one.
+    fn knock_at(
+        addresses: &[SocketAddr],
+        timeout: Duration,
+        waiting: &mut impl FnMut(&io::Error),
+    ) -> Result<Self, NoWire> {
         let started = Instant::now();
         let mut pause = Duration::from_millis(5);
         let (mut hung_up, mut unreachable) = (0, 0);
         loop {
-            let mut last = None;
-            for address in &addresses {
+            let mut last: Option<io::Error> = None;
+            for address in addresses {
                 let left = timeout.saturating_sub(started.elapsed()).max(Duration::from_millis(50));
                 match Self::attempt(address, left) {
                     Ok(wire) => return Ok(wire),
+                    // A name may have addresses of a kind that this machine has no way to. That says nothing where it
+                    // has a way to another.
+                    Err(error) if is_unreachable(&error) && last.is_some() => {}
                     Err(error) => last = Some(error),
                 }
             }
             let Some(error) = last else {
-                return Err(NoWire::Wrong(format!("host {host:?} has no address")));
+                return Err(NoWire::Wrong("the host has no address".to_owned()));
             };
             match error.kind() {
                 io::ErrorKind::InvalidData => return Err(NoWire::Wrong(error.to_string())),
@@ -117,7 +132,7 @@ impl Wire {
                         )));
                     }
                 }
-                io::ErrorKind::NetworkUnreachable | io::ErrorKind::HostUnreachable => {
+                _ if is_unreachable(&error) => {
                     unreachable += 1;
                     if unreachable >= 5 {
                         return Err(NoWire::Wrong(format!("it cannot be reached from here ({error})")));
@@ -206,4 +221,41 @@ impl Wire {
 fn string(request: &mut Vec<u8>, text: &str) {
     request.extend((text.len() as u64).to_le_bytes());
     request.extend(text.as_bytes());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::TcpStore;
+
+    /// No stream can be opened to it: the kernel says at once that it is unreachable.
+    const EVERYBODY: [u8; 4] = [255, 255, 255, 255];
+    const LIMIT: Duration = Duration::from_secs(60);
+
+    #[test]
+    fn a_server_that_comes_late_is_found_though_its_name_has_an_address_out_of_reach_too() {
+        for out_of_reach_first in [false, true] {
+            let port = crate::launch::free_port().unwrap();
+            let mut addresses = [SocketAddr::from(([127, 0, 0, 1], port)), (EVERYBODY, port).into()];
+            if out_of_reach_first {
+                addresses.reverse();
+            }
+            let (mut knocks, mut server) = (0, None);
+            let found = Wire::knock_at(&addresses, LIMIT, &mut |error| {
+                assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused);
+                knocks += 1;
+                if knocks == 7 {
+                    server = Some(TcpStore::serve("127.0.0.1", port).unwrap());
+                }
+            });
+            assert!(found.is_ok(), "{:?}", found.err());
+        }
+    }
+
+    #[test]
+    fn a_host_none_of_whose_addresses_can_be_reached_is_not_waited_for() {
+        let address = SocketAddr::from((EVERYBODY, 29_500));
+        let error = Wire::knock_at(&[address, address], LIMIT, &mut |_| ()).err().unwrap();
+        assert!(matches!(&error, NoWire::Wrong(reason) if reason.contains("cannot be reached")), "{error}");
+    }
 }

@@ -11,7 +11,8 @@ use crate::libtorch::{C10dStore, TcpStoreOptions};
 /// A store that one process serves over TCP. The wire and the keys are those of PyTorch's `TCPStore`.
 ///
 /// Any number of threads may use one at once: a `get` that waits keeps nobody else waiting.
-/// The server lives as long as the store that serves it.
+/// The server lives as long as the store that serves it. PyTorch's server takes keys of up to 8191 bytes and values of up
+/// to 8 MiB; what is longer is refused here.
 ///
 /// ```
 /// use std::time::Duration;
@@ -148,14 +149,39 @@ pub(super) fn text(op: &str, keys: &[&str], timeout: Duration, reason: String) -
     failed(op, keys, reason)
 }
 
+/// The longest key and value that PyTorch's server takes: its `MAX_STRING_LEN` and `MAX_PAYLOAD_LEN`.
+const LONGEST_KEY: usize = 8 << 10;
+const LONGEST_VALUE: usize = 8 << 20;
+
+/// Whether the server will take them. It answers what is longer by hanging up: a write, which it never answers, would be
+/// lost without a word, and the next call on that connection would fail.
+fn fits(op: &str, keys: &[&str], values: &[&[u8]]) -> Result<()> {
+    // libtorch puts a `/` before each.
+    if let Some(key) = keys.iter().find(|key| key.len() >= LONGEST_KEY) {
+        let begin: String = key.chars().take(40).collect();
+        let most = LONGEST_KEY - 1;
+        let reason = format!("the key has {} bytes; PyTorch's server takes {most} at most", key.len());
+        return Err(failed(op, &[&format!("{begin}…")], reason));
+    }
+    if let Some(value) = values.iter().find(|value| value.len() > LONGEST_VALUE) {
+        let (bytes, most) = (value.len(), LONGEST_VALUE);
+        let reason = format!("the value has {bytes} bytes; PyTorch's server takes {most} at most");
+        return Err(failed(op, keys, reason));
+    }
+    Ok(())
+}
+
 impl Store for TcpStore {
     fn set(&self, key: &str, value: &[u8]) -> Result<()> {
+        fits("set", &[key], &[value])?;
         self.c10d.set(key, value).map_err(|e| failed("set", &[key], e))
     }
     fn get(&self, key: &str) -> Result<Vec<u8>> {
+        fits("get", &[key], &[])?;
         self.c10d.get(key).map_err(|e| text("get", &[key], self.timeout(), e))
     }
     fn add(&self, key: &str, amount: i64) -> Result<i64> {
+        fits("add", &[key], &[])?;
         self.c10d.add(key, amount).map_err(|reason| {
             // A server answers a value that is no number by hanging up. Say why.
             match self.c10d.check(&[key]).and_then(|there| there.then(|| self.c10d.get(key)).transpose()) {
@@ -167,15 +193,19 @@ impl Store for TcpStore {
         })
     }
     fn compare_set(&self, key: &str, expected: &[u8], desired: &[u8]) -> Result<Vec<u8>> {
+        fits("compare_set", &[key], &[expected, desired])?;
         self.c10d.compare_set(key, expected, desired).map_err(|e| failed("compare_set", &[key], e))
     }
     fn check(&self, keys: &[&str]) -> Result<bool> {
+        fits("check", keys, &[])?;
         self.c10d.check(keys).map_err(|e| failed("check", keys, e))
     }
     fn wait(&self, keys: &[&str], timeout: Duration) -> Result<()> {
+        fits("wait", keys, &[])?;
         self.c10d.wait(keys, timeout).map_err(|e| text("wait", keys, timeout, e))
     }
     fn delete(&self, key: &str) -> Result<bool> {
+        fits("delete", &[key], &[])?;
         self.c10d.delete(key).map_err(|e| failed("delete", &[key], e))
     }
     fn num_keys(&self) -> Result<usize> {
@@ -186,6 +216,7 @@ impl Store for TcpStore {
         Ok(all - usize::from(own && all > 0))
     }
     fn append(&self, key: &str, value: &[u8]) -> Result<()> {
+        fits("append", &[key], &[value])?;
         self.c10d.append(key, value).map_err(|e| failed("append", &[key], e))
     }
     fn timeout(&self) -> Duration {

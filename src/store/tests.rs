@@ -362,3 +362,33 @@ fn the_last_of_its_workers_removes_the_file() {
     drop(second);
     assert!(!path.exists());
 }
+
+#[test]
+fn what_a_tcp_stores_server_does_not_take_is_refused_and_the_store_goes_on() {
+    let server = TcpStore::serve("127.0.0.1", 0).unwrap();
+    let client = TcpStore::connect("127.0.0.1", server.port(), LONG).unwrap();
+    let (long_key, too_long_key) = ("k".repeat(8191), "k".repeat(8192));
+    let (long, too_long) = (vec![7; 8 << 20], vec![7; (8 << 20) + 1]);
+    client.set(&long_key, &long).unwrap();
+    assert!(server.get(&long_key).unwrap() == long);
+    assert!(client.compare_set(&long_key, &long, b"swapped").unwrap() == b"swapped");
+    for refused in [
+        client.set("value", &too_long),
+        client.append("value", &too_long),
+        client.compare_set("value", &too_long, b"").map(drop),
+        client.compare_set("value", b"", &too_long).map(drop),
+        client.set(&too_long_key, b""),
+        client.append(&too_long_key, b""),
+        client.get(&too_long_key).map(drop),
+        client.add(&too_long_key, 1).map(drop),
+        client.check(&["value", &too_long_key]).map(drop),
+        client.wait(&[&too_long_key], SOON),
+        client.delete(&too_long_key).map(drop),
+    ] {
+        let error = refused.unwrap_err().to_string();
+        assert!(error.contains("PyTorch's server takes") && error.len() < 200, "{error}");
+    }
+    client.append("value", &long).unwrap();
+    assert!(!client.check(&["other"]).unwrap());
+    assert_eq!(client.get("value").unwrap().len(), long.len());
+}

@@ -401,26 +401,34 @@ fn what_is_wrong_with_tchruns_arguments_is_said() {
     }
 }
 
-/// Two nodes on this machine; each node's output.
-fn two_nodes(script: [&str; 2], ranks: [&str; 2]) -> [Output; 2] {
+fn free_port() -> String {
     let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let port = free.local_addr().unwrap().port().to_string();
-    drop(free);
-    let node = |n: usize| {
-        let number = n.to_string();
-        let mut command = tchrun(&["--nnodes", "2", "--node-rank", &number, "--nproc-per-node", ranks[n]]);
-        command.args(["--master-addr", "127.0.0.1", "--master-port", &port, "sh", "-c", script[n]]);
-        command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
-    };
-    let second = node(1);
-    let first = node(0);
-    [wait(first), wait(second)]
+    free.local_addr().unwrap().port().to_string()
+}
+
+/// One node of several on this machine.
+fn node(number: usize, count: usize, port: &str, more: &[&str], script: &str) -> Child {
+    let (number, count) = (number.to_string(), count.to_string());
+    let mut command = tchrun(&["--nnodes", &count, "--node-rank", &number, "--master-addr", "127.0.0.1"]);
+    command.args(["--master-port", port]).args(more).args(["sh", "-c", script]);
+    command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+}
+
+/// Nodes on this machine with so many ranks; each node's output.
+fn nodes<const N: usize>(script: [&str; N], ranks: [&str; N]) -> [Output; N] {
+    let port = free_port();
+    // Node 0 last.
+    let mut all: Vec<Child> =
+        (0..N).rev().map(|n| node(n, N, &port, &["--nproc-per-node", ranks[n]], script[n])).collect();
+    all.reverse();
+    let mut all = all.into_iter();
+    [(); N].map(|()| wait(all.next().unwrap()))
 }
 
 #[test]
 fn ranks_of_several_nodes_are_numbered_through() {
     let script = "echo $RANK $LOCAL_RANK $WORLD_SIZE $GROUP_RANK $MASTER_PORT";
-    let [first, second] = two_nodes([script; 2], ["1", "2"]);
+    let [first, second] = nodes([script; 2], ["1", "2"]);
     assert!(first.status.success() && second.status.success(), "{}{}", err(&first), err(&second));
     assert!(out(&first).contains("[rank 0] 0 0 3 0 "), "{}", out(&first));
     assert!(out(&second).contains("[rank 1] 1 0 3 1 ") && out(&second).contains("[rank 2] 2 1 3 1 "));
@@ -428,7 +436,7 @@ fn ranks_of_several_nodes_are_numbered_through() {
 
 #[test]
 fn a_rank_that_fails_on_one_node_ends_the_ranks_of_the_others() {
-    let [first, second] = two_nodes(["sleep 600", "exit 5"], ["1", "1"]);
+    let [first, second] = nodes(["sleep 600", "exit 5"], ["1", "1"]);
     assert_eq!(second.status.code(), Some(5));
     assert!(!first.status.success());
     assert!(err(&first).contains("rank 1 failed: exit status 5"), "{}", err(&first));
@@ -443,4 +451,82 @@ fn ranks_share_the_cores_unless_told_otherwise() {
     let mut told = tchrun(&["--nproc-per-node", "2", "sh", "-c", "echo $OMP_NUM_THREADS"]);
     told.env("OMP_NUM_THREADS", "13");
     assert_eq!(out(&finish(told)).matches("] 13\n").count(), 2);
+}
+
+#[test]
+fn every_node_of_three_is_told_which_rank_failed_on_another() {
+    let [first, second, third] = nodes(["sleep 600", "exit 5", "sleep 600"], ["1"; 3]);
+    assert_eq!(second.status.code(), Some(5));
+    for other in [first, third] {
+        assert!(!other.status.success());
+        assert!(err(&other).contains("rank 1 failed: exit status 5"), "{}", err(&other));
+    }
+}
+
+#[test]
+fn a_node_of_another_job_at_the_same_address_ends_alone() {
+    let (port, folder) = (free_port(), tempfile::tempdir().unwrap());
+    let over = folder.path().join("over").display().to_string();
+    let script = format!("echo begun; while [ ! -e {over} ]; do sleep 0.1; done; echo finished");
+    let start =
+        |number: usize, id: &str| node(number, 2, &port, &["--nproc-per-node", "1", "--run-id", id], &script);
+    let mut first = start(0, "a");
+    // The stranger is there before node 1 of this job, and once more while the job runs.
+    let early = wait(start(1, "b"));
+    let mut second = start(1, "a");
+    until(&mut first, "begun");
+    until(&mut second, "begun");
+    let late = wait(start(1, "b"));
+    let unnamed = wait(node(1, 2, &port, &["--nproc-per-node", "1"], "echo never"));
+    // The job's nodes ask every half second what was told.
+    std::thread::sleep(Duration::from_secs(2));
+    std::fs::write(&over, "").unwrap();
+    for job in [wait(first), wait(second)] {
+        assert!(job.status.success() && out(&job).contains("finished"), "{}{}", out(&job), err(&job));
+    }
+    for stranger in [early, late] {
+        assert!(!stranger.status.success());
+        assert!(err(&stranger).contains("another job (\"a\") meets at"), "{}", err(&stranger));
+    }
+    assert!(err(&unnamed).contains("two nodes claim the number 1"), "{}", err(&unnamed));
+}
+
+#[test]
+fn all_that_ranks_printed_comes_through_a_slow_reader() {
+    let tchrun = env!("CARGO_BIN_EXE_tchrun");
+    let mut command = undisturbed("sh");
+    // More than one pipe holds with the prefixes, and less than two: the rank ends before anything is read.
+    command.args(["-c", &format!("{tchrun} --nproc-per-node 1 seq 12000 | (sleep 3; wc -l)")]);
+    let output = finish(command);
+    assert_eq!(out(&output).trim(), "12000", "{}", err(&output));
+}
+
+#[test]
+fn a_process_that_a_rank_left_behind_does_not_hold_tchrun() {
+    let script = "sleep 600 & echo $!";
+    let output = finish(tchrun(&["--nproc-per-node", "1", "sh", "-c", script]));
+    assert!(output.status.success(), "{}", err(&output));
+    let left = out(&output).trim().strip_prefix("[rank 0] ").unwrap().to_owned();
+    assert!(Command::new("kill").arg(&left).status().unwrap().success());
+}
+
+#[test]
+fn a_tchrun_whose_stderr_nobody_reads_still_ends_with_the_code_of_the_rank() {
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let mut command = tchrun(&["--nproc-per-node", "1", "sh", "-c", "echo bad luck >&2; exit 7"]);
+    let child = command.stdout(Stdio::null()).stderr(writer).spawn().unwrap();
+    assert_eq!(child.wait_with_output().unwrap().status.code(), Some(7));
+}
+
+#[test]
+fn how_nccl_is_to_handle_errors_stands_where_the_user_has_set_it() {
+    let seen = |set: Option<&str>| {
+        let script = "echo $TORCH_NCCL_ASYNC_ERROR_HANDLING";
+        let mut command = tchrun(&["--nproc-per-node", "1", "sh", "-c", script]);
+        command.env_remove("TORCH_NCCL_ASYNC_ERROR_HANDLING");
+        command.envs(set.map(|value| ("TORCH_NCCL_ASYNC_ERROR_HANDLING", value)));
+        out(&finish(command))
+    };
+    assert_eq!([seen(None), seen(Some("3"))], ["[rank 0] 1\n", "[rank 0] 3\n"]);
 }

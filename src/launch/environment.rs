@@ -66,8 +66,11 @@ impl Seat {
             .env("MASTER_ADDR", &self.master_addr)
             .env("MASTER_PORT", self.master_port.to_string())
             .env("TORCHELASTIC_RUN_ID", &self.run_id)
-            .env("TORCHELASTIC_USE_AGENT_STORE", if self.agent_store { "True" } else { "False" })
-            .env("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1");
+            .env("TORCHELASTIC_USE_AGENT_STORE", if self.agent_store { "True" } else { "False" });
+        // What the user has set stands.
+        if std::env::var_os("TORCH_NCCL_ASYNC_ERROR_HANDLING").is_none() {
+            command.env("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1");
+        }
         // All ranks of a machine share its cores; libtorch would give each rank all of them.
         if std::env::var_os("OMP_NUM_THREADS").is_none() {
             let threads = (num_cpus::get() / self.local_world_size.max(1)).max(1);

@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use parking_lot::Mutex;
 
@@ -43,7 +44,14 @@ impl Tail {
 
 /// Reads a rank's output to its end. Each line is printed, where that is wanted, in one piece with
 /// its rank before it, so that lines of different ranks do not mix.
-pub(crate) fn pump(from: impl Read, rank: usize, tails: &[&Tail], print: Option<Stream>) {
+/// `writing` counts it while it hands a line on, which lasts as long as whoever reads that is slow.
+pub(crate) fn pump(
+    from: impl Read,
+    rank: usize,
+    tails: &[&Tail],
+    print: Option<Stream>,
+    writing: &AtomicUsize,
+) {
     let mut from = BufReader::new(from);
     let mut line = Vec::new();
     loop {
@@ -62,11 +70,13 @@ pub(crate) fn pump(from: impl Read, rank: usize, tails: &[&Tail], print: Option<
             let mut whole = format!("[rank {rank}] ").into_bytes();
             whole.extend_from_slice(text);
             whole.push(b'\n');
+            writing.fetch_add(1, Ordering::Relaxed);
             // Whoever closed our output does not want the rest.
             let _ = match stream {
                 Stream::Stdout => io::stdout().lock().write_all(&whole),
                 Stream::Stderr => io::stderr().lock().write_all(&whole),
             };
+            writing.fetch_sub(1, Ordering::Relaxed);
         }
     }
 }

@@ -8,6 +8,8 @@ use std::io;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -21,8 +23,9 @@ use super::signals::{Listening, name};
 const SETTLE: Duration = Duration::from_millis(300);
 /// How long ranks have to end when asked to.
 const GRACE: Duration = Duration::from_secs(5);
-/// How long a dead rank's output may still come.
+/// How long a dead rank's output may still come, and how often it is seen whether somebody reads it slowly.
 const DRAIN: Duration = Duration::from_secs(1);
+const GLANCE: Duration = Duration::from_millis(20);
 
 /// One rank to run.
 pub(crate) struct RankCommand {
@@ -56,6 +59,8 @@ pub(crate) struct Failure {
     /// What the rank left, if it is one of ours.
     pub(crate) error: Option<String>,
     pub(crate) stderr: Vec<String>,
+    /// Whether its words were kept: not where its stderr is the terminal.
+    heard: bool,
 }
 
 /// How it all ended.
@@ -92,6 +97,8 @@ struct Running {
     error_file: Option<PathBuf>,
     all: Tail,
     stderr: Tail,
+    /// Whether its stderr comes here.
+    heard: bool,
 }
 
 impl Running {
@@ -123,23 +130,32 @@ pub(crate) fn supervise(ranks: Vec<RankCommand>, terms: &Terms<'_>) -> io::Resul
         None
     };
     let mut crew = Crew(Vec::new());
-    let mut open = 0;
+    let (mut open, writing) = (0, Arc::new(AtomicUsize::new(0)));
     for rank in ranks {
-        let (running, pipes) = start(rank, terms, &send)?;
+        let (running, pipes) = start(rank, terms, &send, &writing)?;
         crew.0.push(running);
         open += pipes;
     }
-    let end = watch(&mut crew, terms, &events, &mut open);
-    if !matches!(end, Ending::Success) {
+    let mut end = watch(&mut crew, terms, &events, &mut open);
+    let success = matches!(end, Ending::Success);
+    if !success {
         // What ranks have started and left behind.
         crew.0.iter().for_each(|rank| rank.signal(Signal::KILL));
     }
-    let drained = Instant::now() + DRAIN;
-    while open > 0 {
-        match events.recv_timeout(drained.saturating_duration_since(Instant::now())) {
+    let mut left = DRAIN;
+    while open > 0 && !left.is_zero() {
+        let from = Instant::now();
+        match events.recv_timeout(left.min(GLANCE)) {
             Ok(Event::Closed) => open -= 1,
+            Ok(Event::Signal(signal)) if success => {
+                end = Ending::Signal(signal);
+                break;
+            }
             Ok(_) => {}
-            Err(_) => break, // something the rank has left behind holds its output open
+            // Whoever reads our output of ranks that did well may take the time for it. Else something that a rank has
+            // left behind holds its output open.
+            Err(_) if success && writing.load(Ordering::Relaxed) > 0 => {}
+            Err(_) => left = left.saturating_sub(from.elapsed()),
         }
     }
     let end = match end {
@@ -156,7 +172,12 @@ pub(crate) fn supervise(ranks: Vec<RankCommand>, terms: &Terms<'_>) -> io::Resul
     Ok(Report { end, printed })
 }
 
-fn start(rank: RankCommand, terms: &Terms<'_>, send: &Sender<Event>) -> io::Result<(Running, usize)> {
+fn start(
+    rank: RankCommand,
+    terms: &Terms<'_>,
+    send: &Sender<Event>,
+    writing: &Arc<AtomicUsize>,
+) -> io::Result<(Running, usize)> {
     let RankCommand { rank, mut command, error_file } = rank;
     // A progress bar of rank 0 wants the terminal itself.
     let terminal = terms.print && rank == 0 && rustix::termios::isatty(io::stderr());
@@ -176,18 +197,18 @@ fn start(rank: RankCommand, terms: &Terms<'_>, send: &Sender<Event>) -> io::Resu
     if let Some(pipe) = child.stdout.take() {
         pipes += 1;
         let print = terms.print.then_some(Stream::Stdout);
-        let (send, all) = (send.clone(), all.clone());
+        let (send, all, writing) = (send.clone(), all.clone(), writing.clone());
         thread::spawn(move || {
-            pump(pipe, rank, &[&all], print);
+            pump(pipe, rank, &[&all], print, &writing);
             let _ = send.send(Event::Closed);
         });
     }
     if let Some(pipe) = child.stderr.take() {
         pipes += 1;
         let print = terms.print.then_some(Stream::Stderr);
-        let (send, all, stderr) = (send.clone(), all.clone(), stderr.clone());
+        let (send, all, stderr, writing) = (send.clone(), all.clone(), stderr.clone(), writing.clone());
         thread::spawn(move || {
-            pump(pipe, rank, &[&all, &stderr], print);
+            pump(pipe, rank, &[&all, &stderr], print, &writing);
             let _ = send.send(Event::Closed);
         });
     }
@@ -199,7 +220,7 @@ fn start(rank: RankCommand, terms: &Terms<'_>, send: &Sender<Event>) -> io::Resu
         {}
         let _ = send.send(Event::Exited(rank));
     });
-    Ok((Running { rank, child, pid, exited: false, error_file, all, stderr }, pipes))
+    Ok((Running { rank, child, pid, exited: false, error_file, all, stderr, heard: !terminal }, pipes))
 }
 
 /// How it ends, before it is known why a rank failed.
@@ -290,10 +311,24 @@ fn first_cause(crew: &mut Crew, order: &[usize], success: i32) -> Option<Failure
         let error = running.error_file.as_ref().and_then(|file| std::fs::read_to_string(file).ok());
         // It is empty where a rank came to its body and left no error.
         let error = error.filter(|text| !text.is_empty());
-        failures.push(Failure { rank, status, error, stderr: running.stderr.lines() });
+        let heard = running.heard || error.is_some();
+        failures.push(Failure { rank, status, error, stderr: running.stderr.lines(), heard });
     }
-    let own = failures.iter().position(|failure| !blames_another(failure)).unwrap_or(0);
-    (own < failures.len()).then(|| failures.swap_remove(own))
+    let first = likeliest(&failures)?;
+    Some(failures.swap_remove(first))
+}
+
+/// The first that did not fail because of another; before that one whose words nobody kept comes any who has a cause of
+/// its own.
+fn likeliest(failures: &[Failure]) -> Option<usize> {
+    (0..failures.len()).min_by_key(|&index| {
+        let failure = &failures[index];
+        match (blames_another(failure), failure.heard || failure.status.signal().is_some()) {
+            (false, true) => 0,
+            (false, false) => 1,
+            (true, _) => 2,
+        }
+    })
 }
 
 /// Whether a rank failed because another one was lost or left, as far as its words tell.
@@ -322,5 +357,29 @@ pub(crate) fn describe(status: ExitStatus) -> String {
         (None, Some(9)) => "SIGKILL (often the kernel, which was out of memory)".to_owned(),
         (None, Some(signal)) => name(signal),
         (None, None) => "an unknown status".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn failure(rank: usize, wait_status: i32, words: &str, heard: bool) -> Failure {
+        let status = ExitStatus::from_raw(wait_status);
+        Failure { rank, status, error: None, stderr: vec![words.to_owned()], heard }
+    }
+
+    #[test]
+    fn a_rank_whose_words_went_to_the_terminal_is_the_cause_only_where_nobody_else_has_one_of_its_own() {
+        let exit = 1 << 8;
+        let unheard = || failure(0, exit, "", false);
+        let blames = || failure(1, exit, "Error: PeerLost { rank: 2 }", true);
+        let own = || failure(2, exit, "no such file", true);
+        let cause = |failures: &[Failure]| likeliest(failures).map(|index| failures[index].rank);
+        assert_eq!(cause(&[unheard(), blames(), own()]), Some(2));
+        assert_eq!(cause(&[blames(), unheard()]), Some(0));
+        assert_eq!(cause(&[failure(0, 9, "", false), own()]), Some(0), "a signal needs no words");
+        assert_eq!(cause(&[blames()]), Some(1));
+        assert_eq!(cause(&[]), None);
     }
 }

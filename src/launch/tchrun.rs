@@ -1,6 +1,8 @@
 //! The `tchrun` program: torchrun for programs that are no Python.
 
 use std::ffi::OsString;
+use std::fmt::Display;
+use std::io::{self, Write};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::Command;
 use std::sync::Arc;
@@ -83,10 +85,15 @@ pub fn main() -> i32 {
     match run(Options::parse_from(arguments)) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("tchrun: {error}");
+            say(format_args!("tchrun: {error}"));
             1
         }
     }
+}
+
+/// A line on stderr. Whoever closed it does not want to read; `eprintln` would panic.
+fn say(text: impl Display) {
+    let _ = writeln!(io::stderr(), "{text}");
 }
 
 /// Ties this process's life to the launcher's, then becomes the program: that stays through `exec`.
@@ -96,23 +103,23 @@ fn become_rank(arguments: &[OsString]) -> i32 {
         die_with_parent(parent);
     }
     let error = Command::new(program).args(rest).exec();
-    eprintln!("tchrun: cannot run {}: {error}", program.to_string_lossy());
+    say(format_args!("tchrun: cannot run {}: {error}", program.to_string_lossy()));
     127
 }
 
 /// Says what the flight records in a folder mean; 0 where every rank did the same.
 fn diagnose(arguments: &[OsString]) -> i32 {
     let [folder] = arguments else {
-        eprintln!("usage: tchrun diagnose DIR, the folder that TCH_DISTRIBUTED_FLIGHT_DIR named");
+        say("usage: tchrun diagnose DIR, the folder that TCH_DISTRIBUTED_FLIGHT_DIR named");
         return 2;
     };
     match crate::profile::diagnose_folder(folder.as_ref()) {
         Ok(diagnosis) => {
-            print!("{diagnosis}");
+            let _ = write!(io::stdout(), "{diagnosis}");
             i32::from(diagnosis.hangs)
         }
         Err(error) => {
-            eprintln!("tchrun: {error}");
+            say(format_args!("tchrun: {error}"));
             2
         }
     }
@@ -175,17 +182,21 @@ fn run(options: Options) -> Result<i32> {
     };
     let report = supervise((0..here).map(command).collect(), &terms)?;
     match report.end {
-        End::Success => nodes.leave(&news),
+        End::Success => nodes.leave(&news).inspect_err(|_| nodes.let_others_read()),
         End::Failed(failure) => {
-            eprintln!("{}", tell(&failure, &options));
+            // First the others: whoever reads this node's words may be slow.
             nodes.tell(&format!("rank {} failed: {}", failure.rank, describe(failure.status)));
+            say(tell(&failure, &options));
             Ok(failure.status.code().unwrap_or_else(|| 128 + failure.status.signal().unwrap_or(0)))
         }
         End::Signal(signal) => {
             nodes.tell(&format!("node {} was interrupted", options.node_rank));
             die_of(signal)
         }
-        End::Interrupted(reason) => Err(Error::Rendezvous { reason }),
+        End::Interrupted(reason) => {
+            nodes.let_others_read();
+            Err(Error::Rendezvous { reason })
+        }
         End::Limit(ranks) => Err(Error::Rendezvous { reason: format!("ranks {ranks:?} did not end") }),
     }
 }
@@ -218,10 +229,10 @@ struct Nodes {
 }
 
 impl Nodes {
-    /// Meets the other nodes: how many ranks each has, and the job's name.
+    /// Meets the other nodes: how many ranks each has, and the job's name. A node of another job must leave no trace.
     ///
-    /// Keys under `tchrun/`: `node/<n>` counts claims of a number, `ranks/<n>` is the number of ranks,
-    /// `id` the job's name, `failed` why all end, `beat/<n>` counts up while the node lives, `done/<n>`
+    /// Keys under `tchrun/`: `id` is the job's name, from node 0 before all else, `node/<n>` counts claims of a
+    /// number, `ranks/<n>` is the number of ranks and of nodes, `failed` why all end, `beat/<n>` counts up while the node lives, `done/<n>`
     /// is set when its ranks have ended well.
     fn meet(options: &Options, here: usize) -> Result<Self> {
         let (node, count) = (options.node_rank, options.nnodes);
@@ -239,20 +250,22 @@ impl Nodes {
         let port = options.master_port.unwrap_or(if count == 1 || options.standalone { 0 } else { PORT });
         let store = Arc::new(if node == 0 {
             if count > 1 && wire::resolve(&host, port).is_ok_and(|addresses| !wire::is_here(&addresses)) {
-                eprintln!("tchrun: node 0 serves the store, but {host} is not an address of this machine");
+                say(format_args!(
+                    "tchrun: node 0 serves the store, but {host} is not an address of this machine"
+                ));
             }
             TcpStore::server(&host, port, JOIN)?
         } else {
             TcpStore::connect(&host, port, JOIN)?
         });
         store.set_timeout(JOIN);
+        Self::join(options, here, store.clone(), host).inspect_err(|_| linger(node, count))
+    }
+
+    /// Meets them in the store.
+    fn join(options: &Options, here: usize, store: Arc<TcpStore>, host: String) -> Result<Self> {
+        let (node, count) = (options.node_rank, options.nnodes);
         let keys = PrefixStore::new("tchrun", store.clone());
-        if keys.add(&format!("node/{node}"), 1)? > 1 {
-            let reason = format!("two nodes claim the number {node}: give each its own --node-rank");
-            keys.compare_set("failed", b"", reason.as_bytes())?;
-            return Err(Error::Rendezvous { reason });
-        }
-        keys.set(&format!("ranks/{node}"), format!("{here} {count}").as_bytes())?;
         if node == 0 {
             let id = options.run_id.clone().unwrap_or_else(nonce);
             keys.set("id", id.as_bytes())?;
@@ -265,6 +278,11 @@ impl Nodes {
                 format!("another job ({run_id:?}) meets at {host}:{}, this is {own:?}", store.port());
             return Err(Error::Rendezvous { reason });
         }
+        if keys.add(&format!("node/{node}"), 1)? > 1 {
+            let reason = format!("two nodes claim the number {node}: give each its own --node-rank");
+            return Err(refuse(&keys, reason));
+        }
+        keys.set(&format!("ranks/{node}"), format!("{here} {count}").as_bytes())?;
         let started = Instant::now();
         let (mut first_rank, mut world_size, mut spoke) = (0, 0, false);
         for other in 0..count {
@@ -278,19 +296,16 @@ impl Nodes {
                     return Err(Error::Rendezvous { reason: format!("node {other} did not come in time") });
                 }
                 if !spoke && started.elapsed() > Duration::from_secs(10) {
-                    eprintln!("tchrun: still waiting for node {other}");
+                    say(format_args!("tchrun: still waiting for node {other}"));
                     spoke = true;
                 }
                 thread::sleep(Duration::from_millis(20));
             }
-            let value = String::from_utf8_lossy(&keys.get(&key)?).into_owned();
-            let mut numbers = value.split(' ').filter_map(|n| n.parse::<usize>().ok());
-            let (ranks, nodes) = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+            let (ranks, nodes) = ranks_and_nodes(&keys.get(&key)?);
             if nodes != count {
                 let reason =
                     format!("node {other} was started with --nnodes {nodes}, node {node} with {count}");
-                keys.compare_set("failed", b"", reason.as_bytes())?;
-                return Err(Error::Rendezvous { reason });
+                return Err(refuse(&keys, reason));
             }
             first_rank += if other < node { ranks } else { 0 };
             world_size += ranks;
@@ -332,11 +347,15 @@ impl Nodes {
         let (done, told) = mpsc::channel();
         thread::spawn(move || done.send(keys.compare_set("failed", b"", words.as_bytes()).is_ok()));
         match told.recv_timeout(TELL) {
-            // The store goes with this process: let the others read.
-            Ok(true) if self.node == 0 => thread::sleep(BEAT * 3),
-            Ok(_) => {}
-            Err(_) => eprintln!("tchrun: could not tell the other nodes within {TELL:?}"),
+            Ok(true) => self.let_others_read(),
+            Ok(false) => {}
+            Err(_) => say(format_args!("tchrun: could not tell the other nodes within {TELL:?}")),
         }
+    }
+
+    /// Node 0's store goes with this process: not before the others have read why.
+    fn let_others_read(&self) {
+        linger(self.node, self.count);
     }
 
     /// This node's ranks have ended well. Node 0 serves the store until all others' have.
@@ -362,6 +381,43 @@ impl Nodes {
         self.over.store(true, Ordering::Relaxed);
         Ok(0)
     }
+}
+
+/// On node 0 of several: until the others have read what was told.
+fn linger(node: usize, count: usize) {
+    if node == 0 && count > 1 {
+        thread::sleep(BEAT * 3);
+    }
+}
+
+/// Ends the job, before it has begun, on its other nodes too. Where all of its nodes are there it runs, and whoever comes
+/// to it now is none of its own: that one alone is refused.
+fn refuse(keys: &PrefixStore<Arc<TcpStore>>, reason: String) -> Error {
+    let told = is_complete(keys).and_then(|complete| match complete {
+        true => Ok(()),
+        false => keys.compare_set("failed", b"", reason.as_bytes()).map(drop),
+    });
+    match told {
+        Ok(()) => Error::Rendezvous { reason },
+        Err(error) => error,
+    }
+}
+
+/// Whether the job that meets here has as many nodes as its node 0 was told.
+fn is_complete(keys: &PrefixStore<Arc<TcpStore>>) -> Result<bool> {
+    if !keys.check(&["ranks/0"])? {
+        return Ok(false);
+    }
+    let (_, count) = ranks_and_nodes(&keys.get("ranks/0")?);
+    let all: Vec<String> = (0..count).map(|node| format!("ranks/{node}")).collect();
+    keys.check(&all.iter().map(String::as_str).collect::<Vec<_>>())
+}
+
+/// What a node says of itself: its ranks, and how many nodes it was told of.
+fn ranks_and_nodes(value: &[u8]) -> (usize, usize) {
+    let value = String::from_utf8_lossy(value);
+    let mut numbers = value.split(' ').filter_map(|number| number.parse().ok());
+    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
 }
 
 fn listen(

@@ -148,7 +148,7 @@ pub enum Error {
         seq: u64,
         /// How long it was waited for.
         elapsed: Duration,
-        /// The ranks that had not arrived.
+        /// The ranks that had not arrived; empty where none is known.
         missing: Vec<usize>,
     },
     /// A rank went away. Poisons every group that contains it.
@@ -228,7 +228,7 @@ pub enum Error {
 
 fn missing_ranks(missing: &[usize]) -> String {
     match missing {
-        [] => "every rank arrived, but the transfer did not finish".to_owned(),
+        [] => "no rank is known to be missing".to_owned(),
         [one] => format!("rank {one} did not arrive"),
         many => format!(
             "ranks {} did not arrive",

@@ -89,6 +89,17 @@ impl Op {
     }
 }
 
+impl Op {
+    /// What of it must be alike on all ranks, in words: the factor of `PremulSum` is each rank's own.
+    pub(crate) fn alike(&self) -> String {
+        let text = self.to_string();
+        match self.reduce_op() {
+            Some(own @ ReduceOp::PremulSum(_)) => text.replace(&own.to_string(), "PremulSum"),
+            _ => text,
+        }
+    }
+}
+
 impl fmt::Display for Op {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())?;

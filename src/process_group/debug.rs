@@ -75,10 +75,9 @@ pub(super) fn compare(draft: &Draft<'_>, site: &Location<'_>) -> Result<()> {
 /// What must agree, then what is shown.
 fn describe(draft: &Draft<'_>, site: &Location<'_>) -> String {
     let op = draft.call.op;
-    let mut text = op.to_string();
+    let mut text = op.alike();
     let mut own = String::new();
-    if let Some(reduce @ ReduceOp::PremulSum(factor)) = op.reduce_op() {
-        text = text.replace(&reduce.to_string(), "PremulSum");
+    if let Some(ReduceOp::PremulSum(factor)) = op.reduce_op() {
         own = format!(", its factor {factor:?},");
     }
     if op != Op::Barrier {

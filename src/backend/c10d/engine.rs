@@ -59,7 +59,7 @@ pub(super) struct Shared {
     /// Held while operations are started: their order is the same on every rank. The number of the last.
     pub(super) order: Mutex<u64>,
     pub(super) own: Arc<Own>,
-    /// Gloo's receives from any rank.
+    /// Gloo's messages under way.
     pub(super) listeners: Arc<Listeners>,
     pub(super) peers: Peers,
     /// Collectives under way, by number: what each is, and since when.
@@ -363,9 +363,9 @@ fn print(call: &Call<'_>, rank: usize) -> String {
             let numel: usize = call.inputs.iter().chain(&call.outputs).map(|s| segment_numel(s)).sum();
             let root_of_reduce = call.op.root() == Some(rank) && !matches!(call.op, Op::Broadcast { .. });
             let numel = if root_of_reduce { numel / 2 } else { numel };
-            format!("{} of {numel} {:?}", call.op, call.kind)
+            format!("{} of {numel} {:?}", call.op.alike(), call.kind)
         }
-        _ => call.op.to_string(),
+        _ => call.op.alike(),
     }
 }
 
@@ -497,9 +497,11 @@ impl Shared {
         }
     }
 
-    /// Whether a collective of a device, or a message from any rank, has been under way for longer than this.
-    pub(super) fn waits_for_long(&self, quick: Duration) -> bool {
-        self.listeners.wait_for_long(quick) || self.lookout.waits_for_long(quick)
+    /// Whether a message, or an operation of a device, has been under way for longer than this; and whether a receive
+    /// from any rank has.
+    pub(super) fn waits_for_long(&self, quick: Duration) -> (bool, bool) {
+        let (message, from_any) = self.listeners.wait_for_long(quick);
+        (message || self.lookout.waits_for_long(quick), from_any)
     }
 
     /// A collective has ended.

@@ -11,7 +11,8 @@ use crate::{Error, Result};
 /// Connects to the other ranks of the group.
 pub(crate) fn create(context: BackendContext) -> Result<Arc<dyn CollectiveBackend>> {
     let BackendContext { store, rank, size, ranks, timeout, group_name } = context;
-    let witness = Witness { store: store.clone(), rank, size };
+    let server = ranks.iter().position(|global| *global == 0);
+    let witness = Witness { store: store.clone(), rank, size, server };
     witness.arrive()?;
     let unreachable = |reason: String| Error::Rendezvous { reason };
     let store = C10dStore::from_rust(store).map_err(unreachable)?;

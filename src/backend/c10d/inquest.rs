@@ -85,6 +85,8 @@ pub(super) struct Witness {
     pub(super) store: Arc<dyn Store>,
     pub(super) rank: usize,
     pub(super) size: usize,
+    /// The place in this group of the world's rank 0, which serves the store in all but odd arrangements.
+    pub(super) server: Option<usize>,
 }
 
 impl Witness {
@@ -217,7 +219,7 @@ impl Witness {
         let suspect = failure.suspect.filter(|rank| ours.contains(rank));
         match suspect.or_else(|| left().or(ours.first()).copied()) {
             Some(rank) => self.lost(failure, rank),
-            None => Error::Torch(tch::TchError::Torch(format!("{}: {}", failure.op, failure.text))),
+            None => self.unknown(failure),
         }
     }
 
@@ -225,9 +227,17 @@ impl Witness {
     pub(super) fn cut_off(&self, failure: &Failure) -> Error {
         match Class::of(&failure.text) {
             Class::Timeout => self.timeout(failure, Vec::new()),
-            // Rank 0 serves the store in all but odd arrangements.
-            _ => self.lost(failure, 0),
+            // Whoever the operation waited for; else the store's server has gone too.
+            _ => match failure.suspect.or(self.server).filter(|rank| *rank != self.rank) {
+                Some(rank) => self.lost(failure, rank),
+                None => self.unknown(failure),
+            },
         }
+    }
+
+    /// Where nobody is known to be to blame.
+    fn unknown(&self, failure: &Failure) -> Error {
+        Error::Torch(tch::TchError::Torch(format!("{}: {}", failure.op, failure.text)))
     }
 
     fn timeout(&self, failure: &Failure, missing: Vec<usize>) -> Error {
@@ -270,5 +280,37 @@ impl Witness {
             theirs: theirs.to_owned(),
             ours: failure.print.clone(),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::HashStore;
+
+    #[test]
+    fn without_a_store_the_rank_that_was_waited_for_is_blamed_then_its_server_and_never_oneself() {
+        let blamed = |rank, server, suspect| {
+            let witness = Witness { store: Arc::new(HashStore::new()), rank, size: 2, server };
+            let failure = Failure {
+                op: "recv".to_owned(),
+                seq: 1,
+                print: String::new(),
+                elapsed: Duration::ZERO,
+                text: "Connection closed by peer".to_owned(),
+                suspect,
+            };
+            match witness.cut_off(&failure) {
+                Error::PeerLost { rank, .. } => Some(rank),
+                error => {
+                    assert!(error.to_string().contains("closed by peer"), "{error}");
+                    None
+                }
+            }
+        };
+        assert_eq!(blamed(0, None, Some(1)), Some(1));
+        assert_eq!(blamed(1, Some(0), None), Some(0));
+        assert_eq!(blamed(0, None, None), None);
+        assert_eq!(blamed(0, Some(0), None), None);
     }
 }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tch::Tensor;
+use tch::{Device, Kind, Tensor};
 
 use super::combine::Flavor;
 use super::engine::{Shared, alone_at_the_recorder, millis};
@@ -14,7 +14,7 @@ use super::own::{Asking, FromAny};
 use super::peers::WATCH_TAG;
 use super::waiters;
 use crate::backend::{Completion, Direction, Receipt, Transfer, WriteBack};
-use crate::libtorch::Told;
+use crate::libtorch::{C10dBackend, C10dWork, Told};
 use crate::{Error, Result};
 
 /// A message to or from another rank, and its bytes.
@@ -122,7 +122,7 @@ impl Shared {
                     (format!("recv from rank {src}"), backend.recv(&flat, Some(src), tag))
                 }
                 Direction::Recv { src: None } => {
-                    ("recv from any rank".to_owned(), backend.recv(&flat, None, tag))
+                    ("recv from any rank".to_owned(), receive_from_any(backend, &flat, tag))
                 }
             }
         };
@@ -138,7 +138,7 @@ impl Shared {
         };
         let (underway, ms, start) = (self.begin(), millis(timeout), Instant::now());
         let work = Arc::new(work);
-        let listening = asking.map(|asking| (asking, self.listeners.add(&work)));
+        let listening = (self.listeners.add(&work, asking.is_some()), asking);
         waiters::run(move || {
             let result = work.wait(ms);
             drop(listening);
@@ -248,6 +248,15 @@ impl Shared {
         let (print, text) = (String::new(), String::new());
         Failure { op, seq, print, elapsed: Duration::ZERO, text, suspect: None }
     }
+}
+
+/// Gloo refuses a place of no bytes for a receive from any rank; a message may be shorter than its place.
+fn receive_from_any(backend: &C10dBackend, flat: &Tensor, tag: i32) -> Told<C10dWork> {
+    if flat.numel() > 0 {
+        return backend.recv(flat, None, tag);
+    }
+    let place = Tensor::f_empty([1], (Kind::Uint8, Device::Cpu)).map_err(|error| error.to_string())?;
+    backend.recv(&place, None, tag)
 }
 
 /// Whoever waits for it from now on orders a stream instead.

@@ -55,7 +55,8 @@ pub(crate) fn create(context: BackendContext, placement: Placement) -> Result<Ar
     }
     let BackendContext { store, rank, size, ranks, timeout, group_name } = context;
     let device = placement.cuda();
-    let witness = Witness { store: store.clone(), rank, size };
+    let server = ranks.iter().position(|global| *global == 0);
+    let witness = Witness { store: store.clone(), rank, size, server };
     witness.arrive()?;
     let unreachable = |reason: String| Error::Rendezvous { reason };
     let store = C10dStore::from_rust(store).map_err(unreachable)?;
@@ -98,7 +99,8 @@ pub(crate) fn split(
 ) -> Result<Arc<dyn CollectiveBackend>> {
     let parent = engine(parent).ok_or_else(|| not_split("it has no communicator"))?;
     let BackendContext { store, rank, size, ranks, timeout, group_name } = context;
-    let witness = Witness { store: store.clone(), rank, size };
+    let server = ranks.iter().position(|global| *global == 0);
+    let witness = Witness { store: store.clone(), rank, size, server };
     witness.arrive()?;
     let store = C10dStore::from_rust(store).map_err(not_split)?;
     store.set_timeout(timeout).map_err(not_split)?;

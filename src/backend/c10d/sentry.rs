@@ -3,8 +3,9 @@
 //! and reads what its two neighbours wrote. Where two differ at the same number, connections are cut: every rank's call
 //! fails, and the inquest finds the odd one. What is quick writes nothing.
 //!
-//! A receive from any rank hears nothing of connections that close, and an operation of NCCL nothing of a rank that
-//! aborts: where one takes long, the sentry reads whether another rank has failed, and has [`peers`](super::peers) watched.
+//! What waits for a rank that works on hears nothing of another that aborts or fails, and an operation of NCCL of none:
+//! where one takes long, the sentry reads whether a rank has failed. A receive from any rank hears nothing of connections
+//! that close either: where one takes long, [`peers`](super::peers) are watched too.
 //!
 //! Keys, under the group's own: `tchd/at/RANK`, the number and the print of the collective that a rank is stuck in.
 
@@ -52,7 +53,7 @@ fn stand() {
             groups.0.iter().filter_map(Weak::upgrade).collect()
         };
         for group in alive {
-            let (stuck, waits) = (group.stuck(QUICK), group.waits_for_long(QUICK));
+            let (stuck, (waits, from_any)) = (group.stuck(QUICK), group.waits_for_long(QUICK));
             if stuck.is_none() && !waits || group.asking.swap(true, Ordering::AcqRel) {
                 continue;
             }
@@ -63,8 +64,10 @@ fn stand() {
                 {
                     tracing::debug!("ranks called different things at number {seq}");
                     group.cut();
-                } else if waits {
-                    group.watch_peers();
+                } else {
+                    if from_any {
+                        group.watch_peers();
+                    }
                     if group.witness.is_over() {
                         group.cut();
                     }
@@ -78,7 +81,7 @@ fn stand() {
 /// Whether a neighbour is stuck at the same number in something else. In a ring, any difference is one between
 /// neighbours.
 fn differs(witness: &Witness, seq: u64, print: &str) -> bool {
-    let Witness { store, rank, size } = witness;
+    let Witness { store, rank, size, .. } = witness;
     let mine = format!("{seq}\n{print}");
     if store.set(&format!("tchd/at/{rank}"), mine.as_bytes()).is_err() {
         return false;

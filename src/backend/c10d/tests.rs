@@ -237,6 +237,20 @@ fn ranks_that_call_different_things_find_out_long_before_the_timeout() {
     }
 }
 
+#[test]
+fn factors_that_differ_by_rank_are_no_disagreement_however_late_a_rank_is() {
+    ranks(3, |rank, gloo| {
+        if rank == 2 {
+            // Long enough for the others to ask one another what they are in.
+            thread::sleep(Duration::from_millis(2500));
+        }
+        let t = f32s(&[1.0]);
+        let own = ReduceOp::PremulSum(0.5 * (rank as f64 + 1.0));
+        gloo.run(call(Op::AllReduce(own), Kind::Float, &[], &[&t])).unwrap();
+        assert_eq!(values(&t), [0.5 + 1.0 + 1.5]);
+    });
+}
+
 fn transfer(
     direction: Direction,
     tag: u32,
@@ -276,6 +290,27 @@ fn messages_go_by_tag_from_anybody_and_to_oneself() {
         assert_eq!(values(&got[0]), [from as f64]);
         assert_eq!(values(&got[1]), [10.0 + from as f64]);
         assert_eq!(values(&own), [70.0]);
+        gloo.run(call(Op::Barrier, Kind::Uint8, &[], &[])).unwrap();
+    });
+}
+
+#[test]
+fn a_message_of_no_elements_is_received_from_anybody_and_from_a_named_rank() {
+    ranks(2, |rank, gloo| {
+        let none = f32s(&[]);
+        if rank == 1 {
+            for tag in [4, 5] {
+                let (sends, end) = transfer(Direction::Send { dst: 0 }, tag, &none);
+                gloo.transfer(vec![sends]);
+                end.recv_timeout(SECONDS).unwrap().unwrap();
+            }
+        } else {
+            for (tag, src) in [(4, None), (5, Some(1))] {
+                let (asks, end) = transfer(Direction::Recv { src }, tag, &none);
+                gloo.transfer(vec![asks]);
+                assert_eq!(end.recv_timeout(SECONDS).unwrap().unwrap().source, Some(1));
+            }
+        }
         gloo.run(call(Op::Barrier, Kind::Uint8, &[], &[])).unwrap();
     });
 }
@@ -445,6 +480,44 @@ fn an_abort_ends_receives_from_any_rank_on_every_rank() {
     });
     for error in errors {
         assert!(matches!(error, Error::Aborted), "{error:?}");
+    }
+}
+
+#[test]
+fn an_abort_ends_what_waits_for_a_rank_that_works_on() {
+    for message in [false, true] {
+        let over = AtomicUsize::new(0);
+        let ends = ranks(3, |rank, gloo| match rank {
+            0 => {
+                let end = if message {
+                    let (mut asks, end) = transfer(Direction::Recv { src: Some(1) }, 3, &f32s(&[-1.0]));
+                    asks.timeout = SECONDS * 100;
+                    gloo.transfer(vec![asks]);
+                    end.recv_timeout(SECONDS * 2)
+                } else {
+                    let broadcast = Op::Broadcast { src: 1 };
+                    let mut call = call(broadcast, Kind::Float, &[], &[&f32s(&[-1.0])]);
+                    call.timeout = SECONDS * 100;
+                    let (ended, end) = channel();
+                    gloo.submit(call, Completion::from_fn(move |result| drop(ended.send(result))));
+                    end.recv_timeout(SECONDS * 2)
+                };
+                over.fetch_add(1, Ordering::SeqCst);
+                Some(end)
+            }
+            // It calls nothing, and so hears of nothing.
+            1 => {
+                wait_for(&over, 1);
+                None
+            }
+            _ => {
+                gloo.abort(&Arc::new(Error::Aborted));
+                wait_for(&over, 1);
+                None
+            }
+        });
+        let end = ends.into_iter().flatten().next().unwrap().expect("it ends long before its timeout");
+        assert!(matches!(end, Err(Error::Aborted)), "message: {message}, {end:?}");
     }
 }
 

@@ -17,7 +17,10 @@
 //!
 //! **Backends** move the bytes, behind one trait in [`backend`]: `native` is this crate's own engine for CPU
 //! tensors (threads, shared memory, TCP); `gloo` and `nccl` are libtorch's. All give the same results and the
-//! same errors, and one suite of tests holds them to it.
+//! same errors, and one suite of tests holds them to it. One error `native` alone finds always: sizes that differ by
+//! rank where they must not. Libtorch's engines do not compare them, here as in PyTorch: with Gloo a message longer than
+//! its place may end the process, and a shorter one passes. `TORCH_DISTRIBUTED_DEBUG=DETAIL` compares the shapes of
+//! collectives before each, on every group that has a CPU backend.
 //!
 //! **Training.** [`data_parallel`] averages gradients while backward still runs; [`model_parallel`] splits layers
 //! and pipelines; [`functional`] has collectives that autograd follows; [`autograd`] has what these are made of,

@@ -1,13 +1,15 @@
 //! Pipelines against the same model on one rank: losses, every gradient, and twenty steps of training.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use tch::nn::{self, Module, OptimizerConfig};
 use tch::{Device, Kind, Reduction, Tensor};
+use tch_distributed::model_parallel::DeviceMesh;
 use tch_distributed::model_parallel::pipeline::{Pass, Pipeline, Plan, Schedule, Stage};
 use tch_distributed::testing::{run_threads, run_threads_on};
-use tch_distributed::{Error, InitOptions, ProcessGroup};
+use tch_distributed::{Error, InitOptions, ProcessGroup, functional};
 
 const WIDTH: i64 = 6;
 
@@ -428,4 +430,76 @@ fn a_frozen_tied_weight_gets_no_gradient_and_weight_decay_leaves_it_alone() {
         assert_eq!(tied, Tensor::ones([2, 2], (Kind::Float, Device::Cpu)));
         assert_ne!(own, Tensor::ones([2], (Kind::Float, Device::Cpu)));
     });
+}
+
+/// Lets no rank drop what it has before all ranks are here.
+fn meet(here: &AtomicUsize, ranks: usize) {
+    here.fetch_add(1, Ordering::SeqCst);
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while here.load(Ordering::SeqCst) < ranks {
+        assert!(Instant::now() < deadline, "not all ranks have ended");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn a_stage_that_fails_in_its_last_backward_ends_who_shares_its_weight_and_has_only_its_sum_to_do() {
+    for schedule in [Schedule::GPipe, Schedule::OneFOneB] {
+        let here = AtomicUsize::new(0);
+        let options = InitOptions::new().timeout(Duration::from_secs(20));
+        let errors = run_threads_on("native", options, 3, |group| {
+            let rank = group.rank();
+            let vs = nn::VarStore::new(Device::Cpu);
+            let tied = vs.root().ones("tied", &[2, 2]);
+            let used = tied.shallow_clone();
+            let stage = Stage::new(nn::func(move |xs| xs.matmul(&used)));
+            let pipeline = Pipeline::new(vec![stage], 2, schedule, &group).unwrap();
+            pipeline.tie(&[0, 2], (rank != 1).then_some(&tied)).unwrap();
+            let mut backwards = 0;
+            let _hook = (rank == 0).then(|| {
+                tch_distributed::autograd::on_grad_accumulated(&tied, move |_| {
+                    backwards += 1;
+                    match backwards {
+                        2 => Err(Error::Callback { reason: "out of luck".to_owned() }),
+                        _ => Ok(()),
+                    }
+                })
+            });
+            let xs = Tensor::ones([4, 2], (Kind::Float, Device::Cpu));
+            // Stage 1 shares nothing, and may be done with the step before the failure: it hears of it in the next.
+            let steps = [(); 2].map(|()| pipeline.step(Some(&xs), Some(&xs), mse).map_err(|e| e.to_string()));
+            meet(&here, 3);
+            let first = if rank == 1 { 1 } else { 0 };
+            steps.into_iter().nth(first).unwrap().unwrap_err()
+        });
+        for (rank, error) in errors.iter().enumerate() {
+            for words in ["rank 0", "stage 0", "out of luck"] {
+                assert!(error.contains(words), "rank {rank}: {error}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_stage_that_fails_on_one_of_the_ranks_that_share_it_ends_the_others_and_both_pipelines() {
+    let here = AtomicUsize::new(0);
+    let options = InitOptions::new().timeout(Duration::from_secs(20));
+    let errors = run_threads_on("native", options, 4, |world| {
+        let mesh = DeviceMesh::new(&world, &[("pp", 2), ("tp", 2)]).unwrap();
+        let [pp, tp] = ["pp", "tp"].map(|axis| mesh.group(axis).unwrap());
+        let unlucky = mesh.coordinates() == [1, 0];
+        let stage = Stage::from_fn(move |xs, _| match unlucky {
+            true => Err(Error::Callback { reason: "out of luck".to_owned() }),
+            false => Ok(vec![functional::reduce_from_group(&xs[0], &tp)?]),
+        });
+        let pipeline = Pipeline::new(vec![stage], 2, Schedule::OneFOneB, &pp).unwrap();
+        let xs = Tensor::ones([4, 2], (Kind::Float, Device::Cpu)).set_requires_grad(true);
+        let step = pipeline.step(Some(&xs), Some(&xs), mse).map_err(|e| e.to_string());
+        meet(&here, 4);
+        step.unwrap_err()
+    });
+    for (rank, error) in errors.iter().enumerate() {
+        assert!(error.contains("stage 1") && error.contains("out of luck"), "rank {rank}: {error}");
+        println!("{rank}: {error}");
+    }
 }

@@ -184,6 +184,18 @@ impl ProcessGroup {
         }
     }
 
+    /// Ends the groups in which this rank meets no other rank of this group, because it failed: a mesh's other axes.
+    /// `words` tell the others of it. The world that this group came from stays.
+    pub(crate) fn abort_crossing(&self, words: &str) {
+        for group in self.inner.universe.groups() {
+            let common = group.ranks.iter().filter(|rank| self.inner.ranks.contains(rank)).count();
+            if common == 1 && group.ranks.len() > 1 && group.abortable().is_ok() {
+                let (op, source) = ("its step".to_owned(), Some(std::io::Error::other(words.to_owned())));
+                group.abort(Arc::new(Error::PeerLost { rank: group.rank, op, source }));
+            }
+        }
+    }
+
     pub(super) fn check_rank(&self, rank: usize) -> Result<()> {
         let size = self.size();
         if rank < size { Ok(()) } else { Err(Error::RankOutOfRange { rank, size }) }

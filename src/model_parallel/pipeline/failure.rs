@@ -18,7 +18,7 @@ impl Pipeline {
             let source = Some(std::io::Error::other(error.to_string()));
             self.group.abort_because(Error::PeerLost { rank, op: format!("the {doing}"), source });
         }
-        match error {
+        let error = match error {
             Error::PeerLost { rank: lost, op, source } => {
                 let op = match lost_here {
                     // The words of a rank whose stage failed name the stage already.
@@ -35,7 +35,12 @@ impl Pipeline {
             }
             other if other.poisons() || matches!(other, Error::Poisoned { .. }) => other,
             other => Error::Callback { reason: format!("rank {rank}, {doing}: {other}") },
-        }
+        };
+        // Who shares a weight or the stage with this rank waits in another group.
+        let words = error.to_string();
+        self.ties.borrow().iter().for_each(|tie| tie.give_up(&words));
+        self.group.abort_crossing(&words);
+        error
     }
 
     /// The stages of a rank, in words.

@@ -24,7 +24,9 @@ use crate::{Error, ProcessGroup, Result};
 /// Shapes need not be told: each message between stages says what it is, unless
 /// [`fixed_shapes`](Self::fixed_shapes).
 ///
-/// If a stage fails, the group is aborted, and every rank's `step` returns an error that names the rank and the stage.
+/// If a stage fails, the group is aborted, and every rank's `step` returns an error that names the rank and the stage;
+/// on a rank that has nothing left to do in this step, its next one. The groups in which this rank meets no other of
+/// the pipeline end with it, so that nobody waits there: a tensor-parallel one, or that of the copies of the model.
 ///
 /// ```
 /// use tch::{Device, Kind, Reduction, Tensor, nn};
@@ -51,7 +53,7 @@ pub struct Pipeline {
     pub(super) group: ProcessGroup,
     pub(super) device: Device,
     pub(super) wire: RefCell<Wire>,
-    ties: RefCell<Vec<Tie>>,
+    pub(super) ties: RefCell<Vec<Tie>>,
     pub(super) average: Option<PartwiseAverage>,
     pub(super) loss_scale: Cell<f64>,
     pub(super) stats: RefCell<StepStats>,
@@ -221,18 +223,22 @@ impl Pipeline {
     ) -> Result<Option<Tensor>> {
         let mut loss = |ys: &[Tensor], ts: &[Tensor]| loss(ys, ts).into_loss();
         let run = self.prepare(true, inputs, targets, &mut loss, false)?;
-        let mut ties = self.ties.borrow_mut();
-        ties.iter_mut().try_for_each(Tie::begin)?;
-        match self.train(run) {
-            Ok(losses) => {
-                ties.iter_mut().try_for_each(Tie::end)?;
-                mean(&losses)
+        let ties = self.ties.borrow();
+        ties.iter().try_for_each(Tie::begin)?;
+        let mut summed = 0;
+        let done = self.train(run).and_then(|losses| {
+            for tie in ties.iter() {
+                let stages = self.stages_of(self.group.rank());
+                let doing = format!("sum of the gradients of a weight that stage {stages} shares");
+                tie.end().map_err(|error| self.failed(&doing, error))?;
+                summed += 1;
             }
-            Err(error) => {
-                ties.iter_mut().try_for_each(Tie::undo)?;
-                Err(error)
-            }
+            mean(&losses)
+        });
+        if done.is_err() {
+            ties[summed..].iter().try_for_each(Tie::undo)?;
         }
+        done
     }
 
     /// Forwards and backwards, and the average over the copies of the model.

@@ -1,5 +1,8 @@
 //! Weights that several stages share, such as an embedding and the head.
 
+use std::cell::RefCell;
+use std::sync::Arc;
+
 use tch::Tensor;
 
 use crate::autograd::set_grad;
@@ -8,9 +11,11 @@ use crate::{Error, ProcessGroup, ReduceOp, Result};
 /// One weight with a copy on each of some ranks.
 pub(super) struct Tie {
     group: ProcessGroup,
+    /// Its ranks in the pipeline.
+    ranks: Vec<usize>,
     tensor: Tensor,
     /// The gradient of earlier steps, which is summed already.
-    before: Option<Tensor>,
+    before: RefCell<Option<Tensor>>,
 }
 
 impl Tie {
@@ -39,19 +44,23 @@ impl Tie {
         let (Some(group), Some(tensor)) = (subgroup, tensor) else { return Ok(None) };
         let mut tensor = tensor.shallow_clone();
         tch::no_grad(|| group.broadcast(&mut tensor, 0))?;
-        Ok(Some(Self { group, tensor, before: None }))
+        Ok(Some(Self { group, ranks: ranks.to_vec(), tensor, before: RefCell::default() }))
     }
 
     /// Before a step: puts the gradient of earlier steps aside, so that it is not summed twice. A copy of it: where
     /// gradients live in buckets, the step writes into the same memory.
-    pub(super) fn begin(&mut self) -> Result<()> {
+    pub(super) fn begin(&self) -> Result<()> {
         let grad = self.tensor.grad();
-        self.before = if grad.defined() { Some(grad.f_detach_copy()?) } else { None };
-        set_grad(&mut self.tensor, None)
+        self.before.replace(if grad.defined() { Some(grad.f_detach_copy()?) } else { None });
+        self.set(None)
     }
 
     /// After it: the sum of all copies' gradients. Where no copy has one, as of a frozen weight, none gets one.
-    pub(super) fn end(&mut self) -> Result<()> {
+    pub(super) fn end(&self) -> Result<()> {
+        self.sum().map_err(|error| self.in_pipeline(error))
+    }
+
+    fn sum(&self) -> Result<()> {
         let _no_grad = tch::no_grad_guard();
         let grad = self.tensor.grad();
         let mut used =
@@ -65,12 +74,35 @@ impl Tie {
         if let Some(before) = self.before.take() {
             let _ = grad.f_add_(&before)?;
         }
-        set_grad(&mut self.tensor, Some(&grad))
+        self.set(Some(&grad))
+    }
+
+    fn set(&self, grad: Option<&Tensor>) -> Result<()> {
+        set_grad(&mut self.tensor.shallow_clone(), grad)
+    }
+
+    /// The pipeline failed on this rank: nobody shall wait for it here. `words` tell the others of it.
+    pub(super) fn give_up(&self, words: &str) {
+        let (op, source) = ("its step".to_owned(), Some(std::io::Error::other(words.to_owned())));
+        self.group.abort_because(Error::PeerLost { rank: self.group.rank(), op, source });
+    }
+
+    /// The rank that was lost, as the pipeline counts.
+    fn in_pipeline(&self, error: Error) -> Error {
+        match error {
+            Error::PeerLost { rank, op, source } => {
+                Error::PeerLost { rank: self.ranks.get(rank).copied().unwrap_or(rank), op, source }
+            }
+            Error::Poisoned { cause } if matches!(*cause, Error::PeerLost { .. }) => {
+                Error::Poisoned { cause: Arc::new(self.in_pipeline(cause.duplicate())) }
+            }
+            other => other,
+        }
     }
 
     /// What was there before is there again: the step failed, or gave this weight nothing.
-    pub(super) fn undo(&mut self) -> Result<()> {
+    pub(super) fn undo(&self) -> Result<()> {
         let before = self.before.take();
-        set_grad(&mut self.tensor, before.as_ref())
+        self.set(before.as_ref())
     }
 }

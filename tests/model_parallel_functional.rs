@@ -229,3 +229,62 @@ fn integers_pass_through_without_a_gradient() {
         assert_eq!(f::all_reduce(&x, ReduceOp::BitOr, &group).unwrap().int64_value(&[0]), 1);
     });
 }
+
+#[test]
+fn gradients_of_gradients_of_sums_are_those_of_the_whole_computation() {
+    run_threads(2, |group| {
+        let rank = group.rank() as f64;
+        let cube = |y: &Tensor| (y * y * y).sum(Kind::Double) * (rank + 1.0);
+        let gradient = |loss: Tensor, x: &Tensor| Tensor::run_backward(&[loss], &[x], true, true).remove(0);
+
+        // y is the sum of the ranks' x, 1 + 2; the losses together are 3 y^3, of which the gradient is 9 y^2 = 81.
+        let x = Tensor::full([2], rank + 1.0, D).set_requires_grad(true);
+        let g = gradient(cube(&f::all_reduce(&x, ReduceOp::Sum, &group).unwrap()), &x);
+        assert_eq!(Vec::<f64>::try_from(&g).unwrap(), [81.0; 2]);
+        // Rank 0 takes it once, rank 1 twice: 3 * 18 y = 162.
+        (g * (rank + 1.0)).sum(Kind::Double).backward();
+        assert_eq!(Vec::<f64>::try_from(x.grad()).unwrap(), [162.0; 2]);
+
+        // Half of everything: y = 1.5, the gradient 4.5 y^2; that of three times it 3 * 4.5 y.
+        let x = Tensor::full([2], rank + 1.0, D).set_requires_grad(true);
+        let g = gradient(cube(&f::all_reduce(&x, ReduceOp::Avg, &group).unwrap()), &x);
+        assert_eq!(Vec::<f64>::try_from(&g).unwrap(), [10.125; 2]);
+        (g * (rank + 1.0)).sum(Kind::Double).backward();
+        assert_eq!(Vec::<f64>::try_from(x.grad()).unwrap(), [20.25; 2]);
+
+        // A region: one loss, 3 x^3 where x = 3, of two parts; its gradient 9 x^2, and again 18 x.
+        let x = Tensor::full([2], 3.0, D).set_requires_grad(true);
+        let part = cube(&f::copy_to_group(&x, &group).unwrap());
+        let g = gradient(f::reduce_from_group(&part, &group).unwrap(), &x);
+        assert_eq!(Vec::<f64>::try_from(&g).unwrap(), [81.0; 2]);
+        g.sum(Kind::Double).backward();
+        assert_eq!(Vec::<f64>::try_from(x.grad()).unwrap(), [54.0; 2]);
+    });
+}
+
+#[test]
+fn a_backward_that_cannot_be_differentiated_again_refuses_to_be_recorded() {
+    use tch_distributed::autograd::{BackwardOptions, backward_with};
+    use tch_distributed::model_parallel::tensor::vocab_parallel_cross_entropy;
+    run_threads(2, |group| {
+        let x = || Tensor::ones([2, 2], D).set_requires_grad(true);
+        let targets = Tensor::from_slice(&[0_i64, 3]);
+        for result in [
+            f::all_reduce(&x(), ReduceOp::Product, &group),
+            f::all_gather(&x(), 0, &group),
+            f::reduce_scatter(&x(), 0, ReduceOp::Sum, &group),
+            f::all_to_all(&x(), 0, 0, &group),
+            f::broadcast(&x(), 0, &group),
+            f::scatter_to_group(&x(), 0, &group),
+            f::gather_from_group(&x(), 0, &group),
+            vocab_parallel_cross_entropy(&x(), &targets, &group),
+        ] {
+            let loss = result.unwrap().square().sum(Kind::Double);
+            let one = Tensor::from(1.0_f64);
+            let error =
+                backward_with(&[&loss], &[&one], BackwardOptions::new().create_graph(true)).unwrap_err();
+            assert!(matches!(error, Error::InvalidArgument { argument: "create_graph", .. }), "{error}");
+        }
+        group.barrier().unwrap();
+    });
+}

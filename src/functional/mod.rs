@@ -20,6 +20,12 @@
 //! | [`scatter_to_group`] | own part | all-gather |
 //! | [`gather_from_group`] | all-gather | own part |
 //!
+//! # Gradients of gradients
+//!
+//! [`all_reduce`] with `Sum`, `Avg` and `PremulSum`, [`copy_to_group`] and [`reduce_from_group`] can be differentiated
+//! again. The others refuse a backward with
+//! [`create_graph`](crate::autograd::BackwardOptions::create_graph): `InvalidArgument`.
+//!
 //! # Sizes that do not divide
 //!
 //! A dimension that is split is split as evenly as can be: with `n = q * size + r`, the first `r` ranks get `q + 1`
@@ -51,8 +57,8 @@ mod region;
 pub use exchange::{all_to_all, broadcast};
 pub use gather::{all_gather, reduce_scatter};
 pub(crate) use gather::{all_gather_even, check_divides, reduce_scatter_even};
-pub(crate) use parts::gather_parts;
 pub use parts::shard_range;
+pub(crate) use parts::{gather_parts, refuse_create_graph};
 pub use point_to_point::{recv, send};
 pub use reduce::all_reduce;
 pub(crate) use region::{copy_all_to_group, gather_sized};

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use tch::{Kind, Tensor};
 
-use crate::{Error, ProcessGroup, ReduceOp, Result};
+use crate::{Error, ProcessGroup, ReduceOp, Result, libtorch};
 
 /// The part of a dimension of `len` elements that belongs to `rank` of `size` ranks: as even as can be, the first
 /// `len % size` ranks have one more.
@@ -115,8 +115,25 @@ pub(super) fn exchange_parts(
     Ok(whole)
 }
 
-/// The gradient of a function with one output.
+/// A backward that autograd cannot follow is refused where it should: gradients of gradients would lack its part.
+pub(crate) fn refuse_create_graph(what: &str) -> Result<()> {
+    match libtorch::grad_enabled() {
+        true => Err(Error::invalid(
+            "create_graph",
+            format!("the backward of {what} communicates and cannot be differentiated again"),
+        )),
+        false => Ok(()),
+    }
+}
+
+/// The gradient of a function with one output, whose backward cannot be differentiated.
 pub(super) fn only(grads: &[Option<Tensor>]) -> Result<&Tensor> {
+    refuse_create_graph("this collective")?;
+    one(grads)
+}
+
+/// The gradient of a function with one output.
+pub(super) fn one(grads: &[Option<Tensor>]) -> Result<&Tensor> {
     grads
         .first()
         .and_then(Option::as_ref)

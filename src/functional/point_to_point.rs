@@ -2,7 +2,7 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::parts::{first, fresh, only};
+use super::parts::{first, fresh, only, refuse_create_graph};
 use crate::autograd::{Context, Function};
 use crate::{ProcessGroup, Result};
 
@@ -62,6 +62,7 @@ impl Function for Send {
     }
 
     fn backward(&mut self, _: &Context, _: &[Option<Tensor>]) -> Result<Vec<Option<Tensor>>> {
+        refuse_create_graph("send")?;
         let Some((size, kind, device)) = &self.sent else { return Ok(vec![None]) };
         let mut grad = Tensor::f_empty(size, (*kind, *device))?;
         self.group.recv(&mut grad, self.dst, self.tag)?;

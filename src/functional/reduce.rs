@@ -2,7 +2,7 @@
 
 use tch::{Kind, Tensor};
 
-use super::parts::{first, fresh, only};
+use super::parts::{first, fresh, one, only};
 use crate::autograd::{Context, Function};
 use crate::{Error, ProcessGroup, ReduceOp, Result};
 
@@ -74,7 +74,10 @@ impl Function for AllReduce {
     }
 
     fn backward(&mut self, ctx: &Context, grads: &[Option<Tensor>]) -> Result<Vec<Option<Tensor>>> {
-        let grad = self.sum(only(grads)?)?;
+        // Itself differentiable, and so are the factors of sums: gradients of gradients are right. Not so the others.
+        let linear = matches!(self.op, ReduceOp::Sum | ReduceOp::Avg | ReduceOp::PremulSum(_));
+        let grad = if linear { one(grads)? } else { only(grads)? };
+        let grad = all_reduce(grad, ReduceOp::Sum, &self.group)?;
         let saved = ctx.saved();
         let grad = match (self.op, saved) {
             (ReduceOp::Avg, _) => grad.f_div_scalar(self.group.size() as f64)?,

@@ -4,10 +4,10 @@
 use tch::Tensor;
 
 use super::parts::{
-    dim_index, even_sizes, first, fresh, gather_parts, only, own_part, shard_range, sizes_of_ranks,
+    dim_index, even_sizes, first, fresh, gather_parts, one, only, own_part, shard_range, sizes_of_ranks,
 };
 use crate::autograd::{Context, Function};
-use crate::{ProcessGroup, ReduceOp, Result};
+use crate::{ProcessGroup, ReduceOp, Result, libtorch};
 
 /// The same value; its gradient is the sum of all ranks' gradients.
 ///
@@ -63,6 +63,14 @@ impl Function for Copy {
     }
 
     fn backward(&mut self, ctx: &Context, grads: &[Option<Tensor>]) -> Result<Vec<Option<Tensor>>> {
+        if libtorch::grad_enabled() {
+            // One by one, so that autograd follows.
+            let sum = |(i, g): (usize, &Option<Tensor>)| {
+                let sum = g.as_ref().map(|g| reduce_from_group(g, &self.group)).transpose()?;
+                Ok(sum.filter(|_| ctx.needs_input_grad(i)))
+            };
+            return grads.iter().enumerate().map(sum).collect();
+        }
         // Every rank must send the same tensors, so all outputs or none are used in the loss.
         let mut sums = grads.iter().flatten().map(fresh).collect::<Result<Vec<_>>>()?;
         match sums.as_mut_slice() {
@@ -90,7 +98,7 @@ impl Function for Reduce {
     }
 
     fn backward(&mut self, _: &Context, grads: &[Option<Tensor>]) -> Result<Vec<Option<Tensor>>> {
-        Ok(vec![Some(only(grads)?.shallow_clone())])
+        Ok(vec![Some(one(grads)?.shallow_clone())])
     }
 }
 

@@ -14,7 +14,7 @@ pub const IGNORED_TARGET: i64 = -100;
 /// `logits` is `[.., vocabulary share]`, where the shares are those of
 /// [`VocabParallelEmbedding`](super::VocabParallelEmbedding); `targets` `[..]` are global token numbers, the same on
 /// every rank. The result `[..]` is the same on every rank and counts once: its backward does not communicate.
-/// Half precision is computed in f32, which is the kind of the result.
+/// Half precision is computed in f32, which is the kind of the result. A backward with `create_graph` is refused.
 ///
 /// Only three numbers a token travel: the maximum, the sum of exponentials and the target's logit (Megatron-LM).
 ///
@@ -124,6 +124,7 @@ impl Function for CrossEntropy {
     }
 
     fn backward(&mut self, ctx: &Context, grads: &[Option<Tensor>]) -> Result<Vec<Option<Tensor>>> {
+        crate::functional::refuse_create_graph("vocab_parallel_cross_entropy")?;
         let saved = ctx.saved();
         let (Some(Some(grad)), [softmax, local, elsewhere, ignored]) = (grads.first(), saved) else {
             return Ok(vec![None]);

@@ -1,6 +1,6 @@
 //! How the ranks of a new group find one another: what each says of itself through the store.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
 use std::sync::Arc;
@@ -78,6 +78,8 @@ pub(super) struct Meeting {
     deadline: Instant,
     /// What the ranks leave in the store.
     keys: RefCell<Vec<String>>,
+    /// When this rank last looked whether one has given up.
+    looked: Cell<Instant>,
 }
 
 impl Meeting {
@@ -92,7 +94,16 @@ impl Meeting {
             started,
             deadline: started + context.timeout.min(long),
             keys: RefCell::default(),
+            looked: Cell::new(started),
         }
+    }
+
+    pub(super) fn rank(&self) -> usize {
+        self.rank
+    }
+
+    pub(super) fn size(&self) -> usize {
+        self.size
     }
 
     pub(super) fn deadline(&self) -> Instant {
@@ -138,15 +149,37 @@ impl Meeting {
                 // They came just now, or the store has another complaint.
                 return self.store.wait(keys, slice).map_err(|_| error);
             }
-            if self.store.check(&[GIVEN_UP])? {
-                let reason = self.store.get(GIVEN_UP)?;
-                return Err(self.failed(&String::from_utf8_lossy(&reason)));
+            if let Some(error) = self.given_up()? {
+                return Err(error);
             }
             patience.speak(|| format!("{} of group {}", list(&missing), self.group));
             if patience.left().is_zero() {
                 return Err(self.timeout(missing));
             }
         }
+    }
+
+    /// That a rank has given up, in its words.
+    fn given_up(&self) -> Result<Option<Error>> {
+        if !self.store.check(&[GIVEN_UP])? {
+            return Ok(None);
+        }
+        let reason = self.store.get(GIVEN_UP)?;
+        Ok(Some(self.failed(&String::from_utf8_lossy(&reason))))
+    }
+
+    /// The same for who waits for ranks, but not at the store: a store that is gone says nothing.
+    pub(super) fn hopeless(&self) -> Option<Error> {
+        self.looked.set(Instant::now());
+        self.given_up().unwrap_or_else(|error| {
+            tracing::debug!(group = self.group, %error, "cannot ask whether a rank has given up");
+            None
+        })
+    }
+
+    /// [`hopeless`](Self::hopeless), asked once a second at most.
+    pub(super) fn glance(&self) -> Option<Error> {
+        if self.looked.get().elapsed() < SLICE { None } else { self.hopeless() }
     }
 
     /// What rank `from` leaves at a key.

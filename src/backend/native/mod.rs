@@ -195,8 +195,11 @@ impl Plot<'_> {
                 let store = Arc::new(PrefixStore::new(prefix, self.context.store.clone()));
                 let context = BackendContext { store, rank: number, size, ..self.context.clone() };
                 let meeting = Meeting::new(&context);
-                let shared =
-                    shm::connect(&context, &meeting, self.options.shm_chunk).inspect(|_| meeting.adjourn());
+                let shared = shm::connect(&context, &meeting, self.options.shm_chunk);
+                // The ranks of the host agree, also where they have refused.
+                if matches!(&shared, Ok(_) | Err(Error::BackendUnavailable { .. })) {
+                    meeting.adjourn();
+                }
                 shared.map(Some).map_err(|error| match error {
                     Error::Timeout { op, seq, elapsed, missing } => {
                         let missing =
@@ -232,8 +235,7 @@ impl Plot<'_> {
         at: &tcp::Listen,
         data: impl Fn(usize) -> bool,
     ) -> Result<(Sockets, Sockets)> {
-        let BackendContext { rank, size, .. } = *self.context;
-        let mut sockets = tcp::connect(self.meeting, rank, size, self.token, channels, at, data)?;
+        let mut sockets = tcp::connect(self.meeting, self.token, channels, at, self.options.cut, data)?;
         let control = sockets.pop().unwrap_or_default();
         Ok((sockets.pop().unwrap_or_default(), control))
     }

@@ -1,6 +1,7 @@
 //! What can be chosen about a group of the native engine, by options or by the environment.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::plan::Tuning;
 use crate::backend::{BackendContext, CollectiveBackend};
@@ -39,6 +40,8 @@ pub struct Options {
     pub(super) interface: Option<String>,
     pub(super) host: Option<String>,
     pub(super) shm_chunk: Option<usize>,
+    /// After how long without an answer a TCP connection counts as cut.
+    pub(super) cut: Option<Duration>,
     thresholds: Vec<(String, usize)>,
 }
 

@@ -72,16 +72,16 @@ struct Caller {
 }
 
 /// Connects all ranks of a group, with one connection for each channel: `[channel][rank]`; for data only
-/// those for whom `data` is true.
+/// those for whom `data` is true. Over TCP a control connection counts as `cut` after so long without an answer.
 pub(crate) fn connect(
     meeting: &Meeting,
-    rank: usize,
-    world: usize,
     token: u128,
     channels: &[Channel],
     at: &Listen,
+    cut: Option<Duration>,
     data: impl Fn(usize) -> bool,
 ) -> Result<Vec<Vec<Option<OwnedFd>>>> {
+    let (rank, world) = (meeting.rank(), meeting.size());
     let local = at.is_local();
     let wanted = |channel: Channel, peer: usize| channel == Channel::Control || data(peer);
     let (listener, address) = limit::explain(address::listen(at))
@@ -93,9 +93,7 @@ pub(crate) fn connect(
     for (peer, address) in addresses.iter().enumerate().take(rank) {
         for (n, &channel) in channels.iter().enumerate().filter(|&(_, &c)| wanted(c, peer)) {
             let mut socket = call(meeting, peer, address)?;
-            socket
-                .write_all(&hello(token, rank, peer, channel))
-                .map_err(|e| Error::Rendezvous { reason: format!("rank {peer} hung up: {e}") })?;
+            socket.write_all(&hello(token, rank, peer, channel)).map_err(|e| hung_up(meeting, peer, &e))?;
             called[n][peer] = Some(socket.into());
         }
     }
@@ -115,8 +113,10 @@ pub(crate) fn connect(
             }
         }
     }
-    for socket in desk.sockets.iter().flatten().flatten() {
-        tune(socket, local)?;
+    for (sockets, &channel) in desk.sockets.iter().zip(channels) {
+        for socket in sockets.iter().flatten() {
+            tune(socket, channel, local, cut.unwrap_or(CUT))?;
+        }
     }
     Ok(desk.sockets)
 }
@@ -128,6 +128,9 @@ fn call(meeting: &Meeting, peer: usize, address: &Address) -> Result<Socket> {
         let left = meeting.deadline().saturating_duration_since(Instant::now());
         if left.is_zero() {
             return Err(meeting.timeout(vec![peer]));
+        }
+        if let Some(error) = meeting.glance() {
+            return Err(error);
         }
         let (socket, at) = limit::explain(address.to_socket())?;
         let result = match address {
@@ -182,14 +185,18 @@ fn welcomed(
             }
             Err(error) => error,
         };
-        let hung_up = |error: &io::Error| meeting.failed(&format!("rank {peer} hung up: {error}"));
         if tries == REDIALS {
-            return Err(hung_up(&error));
+            return Err(hung_up(meeting, peer, &error));
         }
         std::thread::sleep(Duration::from_millis(50 << tries));
         tries += 1;
-        socket = again().map_err(|_| hung_up(&error))?.into();
+        socket = again().map_err(|_| hung_up(meeting, peer, &error))?.into();
     }
+}
+
+/// That a peer hung up; why, where a rank has said so.
+fn hung_up(meeting: &Meeting, peer: usize, error: &io::Error) -> Error {
+    meeting.hopeless().unwrap_or_else(|| meeting.failed(&format!("rank {peer} hung up: {error}")))
 }
 
 /// Takes calls.
@@ -219,6 +226,9 @@ impl Desk<'_> {
             let now = Instant::now();
             if now >= meeting.deadline() {
                 return Err(meeting.timeout(missing));
+            }
+            if let Some(error) = meeting.glance() {
+                return Err(error);
             }
             let mut set = vec![Watch { fd: listener.clone(), read: true, write: false }];
             set.extend(self.callers.iter().map(|c| Watch { fd: c.socket.clone(), read: true, write: false }));
@@ -290,7 +300,9 @@ impl Desk<'_> {
 /// After how long without an answer a connection counts as cut.
 const CUT: Duration = Duration::from_secs(60);
 
-fn tune(socket: &OwnedFd, local: bool) -> Result<()> {
+/// Only on a control connection, which is always read. On one for data a rank that is late to a call reads nothing; a
+/// peer that has filled its buffer then waits for room, which the kernel counts as without an answer too.
+fn tune(socket: &OwnedFd, channel: Channel, local: bool, cut: Duration) -> Result<()> {
     let set = || -> rustix::io::Result<()> {
         rustix::io::ioctl_fionbio(socket, true)?;
         if !local {
@@ -299,7 +311,9 @@ fn tune(socket: &OwnedFd, local: bool) -> Result<()> {
             sockopt::set_tcp_keepidle(socket, Duration::from_secs(10))?;
             sockopt::set_tcp_keepintvl(socket, Duration::from_secs(5))?;
             sockopt::set_tcp_keepcnt(socket, 6)?;
-            sockopt::set_tcp_user_timeout(socket, CUT.as_millis() as u32)?;
+            if channel == Channel::Control {
+                sockopt::set_tcp_user_timeout(socket, cut.as_millis() as u32)?;
+            }
         }
         Ok(())
     };

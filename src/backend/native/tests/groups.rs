@@ -7,11 +7,12 @@ use std::os::unix::net::{SocketAddr, UnixStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use socket2::{Domain, Socket, Type};
 use tch::{Device, Kind, Tensor};
 
-use super::links::port_of;
+use super::links::{port_of, with_port};
 use super::{Rank, TRANSPORT, altered, context, none, options, ranks, segments};
-use crate::backend::native::Options;
+use crate::backend::native::{self, Options};
 use crate::backend::{CollectiveBackend, Op};
 use crate::store::{HashStore, PrefixStore, Store};
 use crate::{Error, ReduceOp, Result};
@@ -104,6 +105,40 @@ fn ranks_that_force_different_transports_are_told() {
     let errors = [make(&store, 0, 2, "unix").err().unwrap().to_string(), rank.join().unwrap()];
     for error in errors {
         assert!(error.contains("TCH_DISTRIBUTED_TRANSPORT"), "{error}");
+    }
+}
+
+#[test]
+fn ranks_that_call_or_wait_for_calls_learn_why_another_has_given_up() {
+    let store: Arc<dyn Store> = Arc::new(HashStore::new());
+    // Bound, so that nobody else has it, and not listened at: rank 1 calls it in vain, and rank 0 waits for its call.
+    let closed = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+    closed.bind(&"127.0.0.1:0".parse::<std::net::SocketAddr>().unwrap().into()).unwrap();
+    let port = closed.local_addr().unwrap().as_socket().unwrap().port();
+    let (connecting, is_connecting) = std::sync::mpsc::channel();
+    let ranks: Vec<_> = (0..2)
+        .map(|rank| {
+            let connecting = connecting.clone();
+            let store = altered(store.clone(), move |key, value| match key {
+                "native/address/0" => with_port(&value, port),
+                "native/address/1" => {
+                    connecting.send(()).unwrap();
+                    value
+                }
+                _ => value,
+            });
+            std::thread::spawn(move || make(&store, rank, 2, "tcp").err().unwrap())
+        })
+        .collect();
+    for _ in 0..2 {
+        is_connecting.recv_timeout(Duration::from_secs(60)).unwrap();
+    }
+    let words = Error::Rendezvous { reason: "no descriptors are left".to_owned() };
+    native::give_up(&*store, 7, &words);
+    for error in ranks.into_iter().map(|rank| rank.join().unwrap()) {
+        assert!(matches!(error, Error::Rendezvous { .. }), "{error}");
+        let text = error.to_string();
+        assert!(text.contains("rank 7 gave up") && text.contains("no descriptors"), "{text}");
     }
 }
 

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use tch::{Device, Kind, Tensor};
 
-use super::{Rank, altered, context, none, options, segments};
+use super::{Rank, altered, context, none, options, ranks_with, segments};
 use crate::backend::{Call, Direction, Op};
 use crate::store::{HashStore, Store};
 use crate::{Error, ReduceOp};
@@ -21,7 +21,7 @@ pub(super) fn port_of(address: &[u8]) -> u16 {
     address[PORT..].iter().enumerate().fold(0, |port, (n, byte)| port | u16::from(byte & 0x7f) << (7 * n))
 }
 
-fn with_port(address: &[u8], port: u16) -> Vec<u8> {
+pub(super) fn with_port(address: &[u8], port: u16) -> Vec<u8> {
     let mut address = address[..PORT].to_vec();
     address.extend([port as u8 | 0x80, (port >> 7) as u8 | 0x80, (port >> 14) as u8]);
     address
@@ -140,4 +140,43 @@ fn a_link_that_goes_silent_is_a_timeout_that_names_the_rank_behind_it() {
         assert!(matches!(&error, Error::Timeout { missing, .. } if *missing == [other]), "{error}");
     }
     assert!(begin.elapsed() < Duration::from_secs(20));
+}
+
+/// Runs `call` on two ranks over TCP, of which rank 1 comes much later than a link may be without an answer.
+fn with_a_late_rank(call: fn(&Rank)) {
+    const CUT: Duration = Duration::from_millis(500);
+    let connected = |_| {
+        let mut options = options("tcp", 0);
+        options.cut = Some(CUT);
+        options
+    };
+    ranks_with(2, connected, move |rank| {
+        rank.barrier().unwrap();
+        if rank.rank == 1 {
+            std::thread::sleep(CUT * 4);
+        }
+        call(&rank);
+        rank.barrier().unwrap();
+        rank.shutdown().unwrap();
+    });
+}
+
+#[test]
+fn a_rank_that_comes_to_a_large_reduction_later_than_a_link_may_be_silent_is_waited_for() {
+    with_a_late_rank(|rank| {
+        // More than the buffers of both kernels hold.
+        let tensor = Tensor::full([16 << 20], 1 + rank.rank as i64, (Kind::Float, Device::Cpu));
+        rank.all_reduce(&tensor, ReduceOp::Sum).unwrap();
+        assert_eq!(tensor, tensor.full_like(3));
+    });
+}
+
+#[test]
+fn a_rank_that_comes_later_than_a_link_may_be_silent_gets_what_was_broadcast() {
+    with_a_late_rank(|rank| {
+        let tensor = Tensor::full([256 << 10], 7 * (1 - rank.rank as i64), (Kind::Float, Device::Cpu));
+        let outputs = segments(&[tensor.shallow_clone()]);
+        rank.run(Op::Broadcast { src: 0 }, Kind::Float, none(), outputs).unwrap();
+        assert_eq!(tensor, tensor.full_like(7));
+    });
 }

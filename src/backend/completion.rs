@@ -174,6 +174,7 @@ impl Ticket {
     /// Waits as a caller on a device does: where the operation has been given to the device, this thread's stream is
     /// ordered behind it and the host goes on; else for the end.
     pub(crate) fn settle(&self) -> Result<Receipt> {
+        self.help(None);
         let mut slot = self.state.slot.lock();
         loop {
             if let Some(result) = &slot.result {
@@ -189,12 +190,7 @@ impl Ticket {
 
     /// Waits for the end, until `deadline` where there is one; `None` when that passed first.
     pub(crate) fn wait_until(&self, deadline: Option<Instant>) -> Option<Result<Receipt>> {
-        let ended = || self.state.slot.lock().result.is_some();
-        if let Some(helper) = self.state.helper.get().and_then(Weak::upgrade)
-            && !ended()
-        {
-            helper.help(&ended, deadline);
-        }
+        self.help(deadline);
         let mut slot = self.state.slot.lock();
         loop {
             if let Some(result) = &slot.result {
@@ -208,6 +204,16 @@ impl Ticket {
                     }
                 }
             }
+        }
+    }
+
+    /// Moves the operation on, where there is a way for the thread that waits to do so.
+    fn help(&self, deadline: Option<Instant>) {
+        let ended = || self.state.slot.lock().result.is_some();
+        if let Some(helper) = self.state.helper.get().and_then(Weak::upgrade)
+            && !ended()
+        {
+            helper.help(&ended, deadline);
         }
     }
 
@@ -263,6 +269,42 @@ mod tests {
         done.complete(Err(Error::Aborted));
         assert!(matches!(ticket.settle(), Err(Error::Aborted)), "how it ended is what counts now");
         assert_eq!(orders.load(Ordering::Relaxed), 1);
+    }
+
+    /// Ends the operation that it is to help with.
+    struct Ends(Mutex<Option<Completion>>, AtomicUsize);
+
+    impl Helper for Ends {
+        fn help(&self, done: &dyn Fn() -> bool, _until: Option<Instant>) {
+            self.1.fetch_add(1, Ordering::SeqCst);
+            assert!(!done());
+            if let Some(completion) = self.0.lock().take() {
+                completion.complete(Ok(Receipt { source: Some(2) }));
+            }
+            assert!(done());
+        }
+    }
+
+    #[test]
+    fn who_waits_for_a_message_helps_with_it_first_with_and_without_a_time_limit() {
+        let hour = || Some(Instant::now() + std::time::Duration::from_secs(3600));
+        type Wait = fn(&Ticket, Option<Instant>) -> Option<Result<Receipt>>;
+        let waits: [Wait; 2] = [|t, _| Some(t.settle()), Ticket::wait_until];
+        for wait in waits {
+            let (done, ticket) = Completion::new(None);
+            let ends = Arc::new(Ends(Mutex::new(None), AtomicUsize::new(0)));
+            let helper: Arc<dyn Helper> = ends.clone();
+            done.helped_by(Arc::downgrade(&helper));
+            *ends.0.lock() = Some(done);
+            let (sender, receiver) = std::sync::mpsc::channel();
+            std::thread::spawn(move || {
+                let _ = sender.send((wait(&ticket, hour()), wait(&ticket, hour())));
+            });
+            let limit = std::time::Duration::from_secs(60);
+            let (first, second) = receiver.recv_timeout(limit).expect("nobody helps");
+            assert_eq!([first, second].map(|r| r.unwrap().unwrap().source), [Some(2); 2]);
+            assert_eq!(ends.1.load(Ordering::SeqCst), 1, "what has ended needs no help");
+        }
     }
 
     #[test]

@@ -26,6 +26,43 @@ const TRIES: u32 = 40;
 
 impl Task for SocketControl {
     fn advance(&self, ready: bool) -> Turn {
+        let turn = self.turn(ready);
+        let helped = self.helped.load(Ordering::SeqCst);
+        self.known.store(helped, Ordering::SeqCst);
+        match turn {
+            // A thread that helps may go without a word, as long as that was brief.
+            Turn::Idle(None) if helped && self.help_began.lock().elapsed() < BRIEF => {
+                Turn::Idle(Some(Instant::now() + RETURN))
+            }
+            turn => turn,
+        }
+    }
+
+    fn watch(&self, set: &mut Vec<Watch>) -> bool {
+        let before = set.len();
+        let state = self.state.lock();
+        state.watch(set);
+        let helped = self.helped.load(Ordering::SeqCst);
+        if helped {
+            // The helping thread reads.
+            let writes = |watch: &Watch| watch.write;
+            let kept = set.split_off(before).into_iter().filter(writes);
+            set.extend(kept.map(|watch| Watch { read: false, ..watch }));
+        }
+        // Of help that began since, the last turn said nothing: it might end without a word as well.
+        !state.streaming() && (!helped || self.known.load(Ordering::SeqCst))
+    }
+
+    fn broken(&self, why: &Error) {
+        if let Some(listener) = self.listener.get().and_then(Weak::upgrade) {
+            listener.failed(&Cause::of(why, self.rank));
+        }
+    }
+}
+
+impl SocketControl {
+    /// Moves on what can be, for the progress engine or for who comes by.
+    pub(super) fn turn(&self, ready: bool) -> Turn {
         let mut after = After::default();
         let mut state = self.state.lock();
         if ready {
@@ -47,34 +84,11 @@ impl Task for SocketControl {
             None if moved => Turn::Moved,
             // Nobody knocks: the progress engine spins a little, then looks again and again.
             None if state.streaming() => Turn::Idle(Some(Instant::now() + LINGER)),
-            // A thread that helps may go without a word.
-            None if self.helped.load(Ordering::SeqCst) && self.help_began.lock().elapsed() < BRIEF => {
-                Turn::Idle(Some(Instant::now() + RETURN))
-            }
             None => Turn::Idle(None),
         };
         drop(state);
         self.dispatch(after);
         turn
-    }
-
-    fn watch(&self, set: &mut Vec<Watch>) -> bool {
-        let before = set.len();
-        let state = self.state.lock();
-        state.watch(set);
-        if self.helped.load(Ordering::SeqCst) {
-            // The helping thread reads.
-            let writes = |watch: &Watch| watch.write;
-            let kept = set.split_off(before).into_iter().filter(writes);
-            set.extend(kept.map(|watch| Watch { read: false, ..watch }));
-        }
-        !state.streaming()
-    }
-
-    fn broken(&self, why: &Error) {
-        if let Some(listener) = self.listener.get().and_then(Weak::upgrade) {
-            listener.failed(&Cause::of(why, self.rank));
-        }
     }
 }
 
@@ -83,14 +97,17 @@ impl Helper for SocketControl {
         if self.helped.load(Ordering::SeqCst) {
             return;
         }
-        *self.help_began.lock() = Instant::now();
+        let began = {
+            let mut began = self.help_began.lock();
+            *began = Instant::now();
+            *began
+        };
         if self.helped.swap(true, Ordering::SeqCst) {
             return;
         }
-        let began = Instant::now();
         let mut idle = 0;
         while !done() {
-            match self.advance(true) {
+            match self.turn(true) {
                 Turn::Moved => idle = 0,
                 Turn::Idle(_) => idle += 1,
                 Turn::Ended => break,
@@ -111,7 +128,11 @@ impl Helper for SocketControl {
             }
         }
         self.helped.store(false, Ordering::SeqCst);
-        if began.elapsed() > BRIEF / 2 {
+        // What this thread began goes on without it.
+        let state = self.state.lock();
+        let more = state.busy() || state.streaming();
+        drop(state);
+        if more || began.elapsed() > BRIEF / 2 {
             progress::nudge();
         }
     }

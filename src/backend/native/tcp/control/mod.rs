@@ -20,7 +20,7 @@ use crate::backend::native::bulk::Bulk;
 use crate::backend::native::cause::Cause;
 use crate::backend::native::control::{Control, Listener, Overdue, Presence, Stranded, nobody_sends};
 use crate::backend::native::ledger::{Ledger, Report};
-use crate::backend::native::progress::{self, Task};
+use crate::backend::native::progress;
 use crate::backend::{Helper, Transfer};
 use crate::{Error, Result};
 
@@ -37,6 +37,8 @@ pub(crate) struct SocketControl {
     helped: AtomicBool,
     /// Since when.
     help_began: Mutex<Instant>,
+    /// Whether the progress engine's last turn found that it is so.
+    known: AtomicBool,
     this: Weak<Self>,
 }
 
@@ -77,6 +79,7 @@ impl SocketControl {
             state: Mutex::new(state),
             helped: AtomicBool::new(false),
             help_began: Mutex::new(Instant::now()),
+            known: AtomicBool::new(false),
             this: this.clone(),
         });
         progress::enlist(control.clone())?;
@@ -161,7 +164,7 @@ impl Control for SocketControl {
 
     fn listen(&self) -> bool {
         // What the turn would tell the progress engine it finds out itself.
-        let _ = self.advance(true);
+        let _ = self.turn(true);
         self.state.lock().failed
     }
 

@@ -62,9 +62,14 @@ impl State {
                 more |= after.deeds[before..].iter().any(|d| matches!(d, Deed::Note(..) | Deed::Stream(..)));
             }
             if !more {
-                return self.lines.iter().flatten().any(Line::busy);
+                return self.busy();
             }
         }
+    }
+
+    /// Whether something is left to write.
+    pub(super) fn busy(&self) -> bool {
+        self.lines.iter().flatten().any(Line::busy)
     }
 
     /// Whether messages are under way around the lines.

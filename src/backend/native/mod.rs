@@ -171,7 +171,8 @@ impl Plot<'_> {
 
     /// Ranks on one host that share memory; control and messages go through unix sockets.
     fn shared(&self) -> Result<Arc<dyn CollectiveBackend>> {
-        let transport = Arc::new(shm::connect(self.context, self.meeting, self.options.shm_chunk)?);
+        let ranks = (0..self.context.size).collect();
+        let transport = Arc::new(shm::connect(self.context, self.meeting, ranks, self.options.shm_chunk)?);
         let (_, control) = self.connect(&[tcp::Channel::Control], &tcp::Listen::Local, |_| false)?;
         let bulk = transport.bulk();
         self.engine(transport, control, Some(bulk))
@@ -195,7 +196,7 @@ impl Plot<'_> {
                 let store = Arc::new(PrefixStore::new(prefix, self.context.store.clone()));
                 let context = BackendContext { store, rank: number, size, ..self.context.clone() };
                 let meeting = Meeting::new(&context);
-                let shared = shm::connect(&context, &meeting, self.options.shm_chunk);
+                let shared = shm::connect(&context, &meeting, neighbours.to_vec(), self.options.shm_chunk);
                 // The ranks of the host agree, also where they have refused.
                 if matches!(&shared, Ok(_) | Err(Error::BackendUnavailable { .. })) {
                     meeting.adjourn();

@@ -32,7 +32,6 @@ pub(super) struct HostsRun {
     scratch: Vec<Tensor>,
     stages: VecDeque<Stage>,
     now: Option<Box<dyn Run>>,
-    at_home: bool,
     /// Where the result is to go in the kind of the call, where that is another.
     narrow: Option<Segments<'static>>,
 }
@@ -92,7 +91,6 @@ impl HostsRun {
             scratch,
             stages: schedule.stages.into(),
             now: None,
-            at_home: false,
             narrow,
         })
     }
@@ -144,33 +142,13 @@ impl HostsRun {
             outputs: self.segments(&stage.outputs)?,
             timeout: self.timeout,
         };
-        self.at_home = matches!(stage.way, Way::Host);
-        self.hosts.at_home.store(self.at_home, Ordering::Release);
+        self.hosts.at_home.store(matches!(stage.way, Way::Host), Ordering::Release);
         self.now = Some(match (stage.way, &self.hosts.local) {
             (Way::Between(plan), _) => self.hosts.away.start_plan(call, self.stamp, plan)?,
             (Way::Host, Some(local)) => local.start(call, self.stamp)?,
             (Way::Host, None) => return Err(Error::Aborted),
         });
         Ok(())
-    }
-
-    /// A finding of a stage on this host names ranks by their numbers there.
-    fn translate(&self, error: Error) -> Error {
-        if !self.at_home {
-            return error;
-        }
-        let ranks = self.hosts.layout.neighbours(self.hosts.rank);
-        let of = |n: usize| ranks.get(n).copied().unwrap_or(n);
-        match error {
-            Error::Desync { op, seq, rank, theirs, ours } => {
-                Error::Desync { op, seq, rank: of(rank), theirs, ours }
-            }
-            Error::PeerLost { rank, op, source } => Error::PeerLost { rank: of(rank), op, source },
-            Error::Timeout { op, seq, elapsed, missing } => {
-                Error::Timeout { op, seq, elapsed, missing: missing.into_iter().map(of).collect() }
-            }
-            other => other,
-        }
     }
 
     /// Rounds the result to the kind of the call.
@@ -199,17 +177,16 @@ impl Run for HostsRun {
                     self.finish();
                     return Ok(Progress::Done);
                 };
-                self.begin(stage).map_err(|e| self.translate(e))?;
+                self.begin(stage)?;
                 continue;
             };
-            match run.advance() {
-                Ok(Progress::Done) => {
+            match run.advance()? {
+                Progress::Done => {
                     self.now = None;
                     moved = true;
                 }
-                Ok(Progress::Idle) if moved => return Ok(Progress::Moved),
-                Ok(progress) => return Ok(progress),
-                Err(error) => return Err(self.translate(error)),
+                Progress::Idle if moved => return Ok(Progress::Moved),
+                progress => return Ok(progress),
             }
         }
     }

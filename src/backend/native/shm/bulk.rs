@@ -57,7 +57,9 @@ impl Mail {
 
 impl Bulk for Mail {
     fn carries(&self, bytes: usize) -> bool {
-        (SHORTEST..self.inner.segment.layout.chunk << STEP_BITS).contains(&bytes)
+        // As many chunks as the count has room for: it begins at 0.
+        let most = self.inner.segment.layout.chunk * ((1 << STEP_BITS) - 1);
+        (SHORTEST..=most).contains(&bytes)
     }
 
     fn open(&self, to: usize) -> u64 {

@@ -84,8 +84,8 @@ impl Drop for Reserved {
     }
 }
 
-/// Connects the ranks of a group that are all on one host, through keys `shm/…` of its store. Each may ask for the
-/// size of its chunks.
+/// Connects the ranks of a group that are all on one host, through keys `shm/…` of its store. Errors name them by
+/// `numbers`. Each may ask for the size of its chunks.
 ///
 /// # Errors
 /// `BackendUnavailable`, on all ranks, when one of them cannot map the memory, or has too many groups with slots
@@ -93,6 +93,7 @@ impl Drop for Reserved {
 pub(crate) fn connect(
     context: &BackendContext,
     meeting: &Meeting,
+    numbers: Vec<usize>,
     chunk: Option<usize>,
 ) -> Result<SharedMemory> {
     let ranks = context.size;
@@ -104,7 +105,7 @@ pub(crate) fn connect(
         meeting.exchange("shm/offer", &(OURS.affordable(ranks, chunk), door.is_some().then_some(name)))?;
     if let Some(rank) = offers.iter().position(|(chunk, _)| *chunk < CHUNK_LEAST) {
         let used = "has used up its memory for slots with other groups";
-        return Err(unavailable(&format!("rank {rank} {used} (32 MiB a process)")));
+        return Err(unavailable(&format!("rank {} {used} (32 MiB a process)", numbers[rank])));
     }
     let chunk = offers.iter().fold(CHUNK_MOST, |least, (chunk, _)| least.min(*chunk));
     let names: Option<Vec<String>> = offers.into_iter().map(|(_, name)| name).collect();
@@ -129,12 +130,13 @@ pub(crate) fn connect(
         (open(ranks, &meeting.get(SEGMENT, 0)?), None)
     };
     // All or none.
-    let refusal = attempt.as_ref().err().map(|reason| format!("rank {}: {reason}", context.rank));
+    let refusal = attempt.as_ref().err().map(|reason| format!("rank {}: {reason}", numbers[context.rank]));
     let refusal = meeting.exchange("shm/refusal", &refusal)?.into_iter().flatten().next();
     match (attempt, refusal) {
         (Ok(segment), None) => {
             let reserved = OURS.reserve(Layout::staging(ranks, segment.layout.chunk));
-            Ok(SharedMemory { inner: Arc::new(Inner::new(segment, context.rank, doors, reserved)) })
+            let inner = Inner::new(segment, context.rank, numbers, doors, reserved);
+            Ok(SharedMemory { inner: Arc::new(inner) })
         }
         (_, refusal) => Err(unavailable(&refusal.unwrap_or_default())),
     }
@@ -155,7 +157,7 @@ fn open(ranks: usize, words: &[u8]) -> io::Result<Segment> {
     let (Some(process), Some(descriptor), Some(chunk), Some(nonce)) =
         (number(), number(), number(), number())
     else {
-        return Err(io::Error::other("rank 0 has no segment"));
+        return Err(io::Error::other("the first rank of the host has no segment"));
     };
     let path = format!("/proc/{process}/fd/{descriptor}");
     let failed = |e: &dyn fmt::Display| io::Error::other(format!("{path}: {e}"));

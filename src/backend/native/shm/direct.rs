@@ -94,7 +94,10 @@ impl Direct {
             true => Error::Aborted,
             false => Error::BackendUnavailable {
                 backend: "native".to_owned(),
-                reason: format!("cannot reach a tensor that rank {rank} allocated for the group: {reason}"),
+                reason: format!(
+                    "cannot reach a tensor that rank {} allocated for the group: {reason}",
+                    inner.number(rank)
+                ),
             },
         };
         let map = inner.atlas.lock().map(place, inner.ranks()).map_err(|e| failed(e.to_string()))?;

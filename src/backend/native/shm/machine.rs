@@ -82,10 +82,10 @@ impl<'a> Machine<'a> {
         }
     }
 
-    /// The ranks that have not begun this call.
+    /// The ranks that have not begun this call, by their numbers in the group.
     pub(super) fn missing(&self, inner: &Inner) -> Vec<usize> {
         let begun = |r: usize| inner.segment.flag(r, self.round).read() >= self.round;
-        (0..inner.ranks()).filter(|&r| r != inner.rank && !begun(r)).collect()
+        (0..inner.ranks()).filter(|&r| r != inner.rank && !begun(r)).map(|r| inner.number(r)).collect()
     }
 
     pub(super) fn timed_out(&self, inner: &Inner) -> Error {

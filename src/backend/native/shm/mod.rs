@@ -60,6 +60,8 @@ impl SharedMemory {
 struct Inner {
     segment: Segment,
     rank: usize,
+    /// What the group calls the ranks that share the segment: in errors and words they have these numbers.
+    numbers: Vec<usize>,
     /// What a progress engine sleeps on; without, it naps.
     doors: Option<Doors>,
     /// Whether there are more ranks than cores.
@@ -82,12 +84,19 @@ struct Inner {
 }
 
 impl Inner {
-    fn new(segment: Segment, rank: usize, doors: Option<Doors>, reserved: connect::Reserved) -> Self {
+    fn new(
+        segment: Segment,
+        rank: usize,
+        numbers: Vec<usize>,
+        doors: Option<Doors>,
+        reserved: connect::Reserved,
+    ) -> Self {
         let ranks = segment.layout.ranks;
         let crowded = ranks > num_cpus::get();
         Self {
             segment,
             rank,
+            numbers,
             doors,
             crowded,
             spins: AtomicU32::new(Wait::first_spins(ranks)),
@@ -103,6 +112,11 @@ impl Inner {
 
     fn ranks(&self) -> usize {
         self.segment.layout.ranks
+    }
+
+    /// The number of a rank in the group.
+    fn number(&self, rank: usize) -> usize {
+        self.numbers.get(rank).copied().unwrap_or(rank)
     }
 
     fn finished(&self) -> u64 {

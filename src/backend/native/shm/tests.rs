@@ -16,6 +16,13 @@ use crate::backend::{BackendContext, Buffer, Call, Op};
 use crate::store::HashStore;
 use crate::{Error, ReduceOp, Result};
 
+/// A rank of a group with a segment.
+fn member(segment: Segment, rank: usize) -> SharedMemory {
+    let numbers = (0..segment.layout.ranks).collect();
+    let reserved = Arc::new(Budget::new(BUDGET)).reserve(0);
+    SharedMemory { inner: Arc::new(Inner::new(segment, rank, numbers, None, reserved)) }
+}
+
 /// The ranks of a group, each with a mapping of its own.
 fn group(ranks: usize, chunk: usize) -> Vec<SharedMemory> {
     let layout = Layout::new(ranks, chunk);
@@ -23,9 +30,7 @@ fn group(ranks: usize, chunk: usize) -> Vec<SharedMemory> {
     (0..ranks)
         .map(|rank| {
             let segment = Segment::open(&descriptor, layout).unwrap();
-            SharedMemory {
-                inner: Arc::new(Inner::new(segment, rank, None, Arc::new(Budget::new(BUDGET)).reserve(0))),
-            }
+            member(segment, rank)
         })
         .collect()
 }
@@ -368,9 +373,7 @@ fn a_group_takes_pages_when_it_first_moves_a_large_tensor_and_never_more_than_it
     let group: Vec<_> = (0..2)
         .map(|rank| {
             let segment = Segment::open(&descriptor, layout).unwrap();
-            SharedMemory {
-                inner: Arc::new(Inner::new(segment, rank, None, Arc::new(Budget::new(BUDGET)).reserve(0))),
-            }
+            member(segment, rank)
         })
         .collect();
     let sum = |seq, n| {
@@ -412,8 +415,10 @@ fn the_slots_of_all_groups_of_a_process_take_at_most_32_mib() {
 fn ranks_that_meet_in_a_store_share_memory() {
     let contexts = contexts(3);
     let ranks: Vec<_> = thread::scope(|scope| {
-        let threads: Vec<_> =
-            contexts.iter().map(|c| scope.spawn(|| connect(c, &Meeting::new(c), None).unwrap())).collect();
+        let threads: Vec<_> = contexts
+            .iter()
+            .map(|c| scope.spawn(|| connect(c, &Meeting::new(c), (0..3).collect(), None).unwrap()))
+            .collect();
         threads.into_iter().map(|t| t.join().unwrap()).collect()
     });
     on_all(&ranks, |me, rank| {
@@ -432,7 +437,7 @@ fn if_one_rank_cannot_map_the_memory_all_ranks_are_told_why() {
     let segment = format!("{} 0 4096 1", std::process::id());
     contexts[0].store.set("shm/segment", segment.as_bytes()).unwrap();
     thread::scope(|scope| {
-        let connect = |c| scope.spawn(move || connect(c, &Meeting::new(c), None));
+        let connect = |c| scope.spawn(move || connect(c, &Meeting::new(c), (0..3).collect(), None));
         let threads: Vec<_> = contexts[1..].iter().map(connect).collect();
         played.exchange("shm/offer", &(4096_usize, None::<String>)).unwrap();
         played.exchange("shm/refusal", &None::<String>).unwrap();
@@ -442,4 +447,13 @@ fn if_one_rank_cannot_map_the_memory_all_ranks_are_told_why() {
             assert!(error.to_string().contains("cannot share memory: rank"), "{error}");
         }
     });
+}
+
+#[test]
+fn a_message_of_more_chunks_than_the_count_has_room_for_takes_another_way() {
+    let chunk = 4096;
+    let bulk = group(2, chunk).remove(0).bulk();
+    // 22 bits, from 0.
+    let most = chunk * ((1 << 22) - 1);
+    assert!(bulk.carries(most) && !bulk.carries(most + 1));
 }

@@ -1,13 +1,15 @@
 //! Several hosts, pretended: which ranks share memory, and that results do not show it.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use tch::{Device, Kind, Tensor};
 
-use super::{Rank, none, ranks_with, segments};
-use crate::ReduceOp;
+use super::{Rank, altered, context, none, ranks_with, segments};
 use crate::backend::native::Options;
 use crate::backend::{Call, Op};
+use crate::store::{HashStore, Store};
+use crate::{Error, ReduceOp};
 
 /// Hosts of different sizes, in no order: three ranks, one, two.
 const LAYOUT: [&str; 6] = ["a", "b", "a", "c", "c", "a"];
@@ -117,4 +119,56 @@ fn hosts_that_call_different_things_are_told_so() {
         let other = if rank == 3 { "rank 0 called all_reduce" } else { "rank 3 called barrier" };
         assert!(said.contains(other), "rank {rank}: {said}");
     }
+}
+
+#[test]
+fn what_ranks_of_one_host_do_not_agree_about_is_told_with_their_numbers_in_the_group() {
+    let hosts = ["a", "a", "b", "b"];
+    let results = ranks_with(
+        4,
+        move |rank| Options::new().host(hosts[rank]),
+        |rank| {
+            // Rank 3 gives five for rank 2, which expects four.
+            let longer = |to: usize| if (rank.rank, to) == (3, 2) { 5 } else { 4 };
+            let inputs = [0, 1, 2, 3].map(|to| Tensor::ones([longer(to)], (Kind::Float, Device::Cpu)));
+            let outputs = [4; 4].map(|n| Tensor::zeros([n], (Kind::Float, Device::Cpu)));
+            let call = Rank::call(Op::AllToAll, Kind::Float, segments(&inputs), segments(&outputs));
+            // Who has all that it needs learns by its next call.
+            rank.backend.run(call).and_then(|()| rank.barrier()).unwrap_err()
+        },
+    );
+    for (rank, error) in results.into_iter().enumerate() {
+        let error = match error {
+            Error::Poisoned { cause } => cause.duplicate(),
+            other => other,
+        };
+        let Error::Desync { rank: named, theirs, ours, .. } = &error else { panic!("rank {rank}: {error}") };
+        let words = ["all_to_all with 20 bytes for rank 2", "all_to_all with 16 bytes expected from rank 3"];
+        let told = if *named == 3 { [theirs, ours] } else { [ours, theirs] };
+        assert_eq!(told, words, "rank {rank}: {error}");
+        assert!([2, 3].contains(named), "rank {rank}: {error}");
+    }
+}
+
+#[test]
+fn a_group_whose_hosts_refuse_to_share_memory_leaves_no_keys_either() {
+    let store: Arc<dyn Store> = Arc::new(HashStore::new());
+    let hosts = ["a", "a", "b"];
+    let ranks: Vec<_> = (0..3)
+        .map(|rank| {
+            // What a rank offers whose process has used up its memory for slots.
+            let poor = altered(store.clone(), |key, value| match key.contains("shm/offer") {
+                true => postcard::to_stdvec(&(0_usize, None::<String>)).unwrap(),
+                false => value,
+            });
+            std::thread::spawn(move || {
+                let backend = Options::new().host(hosts[rank]).create(context(poor, rank, 3)).unwrap();
+                let rank = Rank { backend, rank, world: 3 };
+                rank.barrier().unwrap();
+                rank.shutdown().unwrap();
+            })
+        })
+        .collect();
+    ranks.into_iter().for_each(|rank| rank.join().unwrap());
+    assert_eq!(store.num_keys().unwrap(), 0);
 }

@@ -80,7 +80,7 @@ impl Machine<'_> {
         let disagree = |theirs: String, ours: String| Error::Desync {
             op: self.call.op.name().to_owned(),
             seq: self.stamp.seq,
-            rank,
+            rank: inner.number(rank),
             theirs,
             ours,
         };
@@ -104,7 +104,7 @@ impl Machine<'_> {
         if len > 0 && (end > bytes || (steps == 0 && end > SMALL)) {
             let words = "what it wrote into the shared memory makes no sense";
             let source = Some(std::io::Error::new(std::io::ErrorKind::InvalidData, words));
-            return Err(Error::PeerLost { rank, op: String::new(), source });
+            return Err(Error::PeerLost { rank: inner.number(rank), op: String::new(), source });
         }
         let outputs = &self.call.outputs;
         let (theirs, ours) = match self.call.op {
@@ -123,10 +123,10 @@ impl Machine<'_> {
         };
         if theirs != ours {
             let name = self.call.op.name();
-            let to = inner.rank;
+            let (from, to) = (inner.number(rank), inner.number(inner.rank));
             return Err(disagree(
                 format!("{name} with {theirs} bytes for rank {to}"),
-                format!("{name} with {ours} bytes expected from rank {rank}"),
+                format!("{name} with {ours} bytes expected from rank {from}"),
             ));
         }
         Ok(steps)

@@ -57,7 +57,7 @@ fn assemble(formation: Formation) -> Result<ProcessGroup> {
         // Who agrees with the first waits for this rank. For a world it may still come, with the right arguments.
         for device in ["cpu", "cuda"].into_iter().filter(|_| !formation.world) {
             let store = PrefixStore::new(format!("{device}/"), formation.store.clone());
-            native::give_up(&store, formation.ranks[formation.rank], &error);
+            native::give_up(&store, formation.rank, &error);
         }
         return Err(error);
     }
@@ -194,7 +194,7 @@ fn agree(formation: &Formation) -> Result<()> {
             return Err(Error::invalid(
                 argument,
                 format!(
-                    "ranks disagree about group {}: here it is {value:?}, rank {other} said {:?}",
+                    "ranks disagree about group {}: here it is {value:?}, global rank {other} said {:?}",
                     formation.name,
                     theirs.get(i).copied().unwrap_or_default()
                 ),
@@ -202,4 +202,28 @@ fn agree(formation: &Formation) -> Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{GroupOptions, register_backend, testing};
+
+    #[test]
+    fn who_gives_up_a_group_is_named_by_its_rank_in_that_group() {
+        const OTHER: &str = "native-by-another-name";
+        register_backend(OTHER, native::create).unwrap();
+        let told = testing::run_threads(3, |group| {
+            let options = match group.rank() {
+                2 => GroupOptions::new().backend(OTHER),
+                _ => GroupOptions::new(),
+            };
+            group.new_group_with(&[1, 2], options).err()
+        });
+        // Whoever came second gave up, rank 0 or rank 1 of the two; the other waited for it.
+        let refused = |error: &Option<Error>| matches!(error, Some(Error::InvalidArgument { .. }));
+        let second = told.iter().position(refused).expect("the ranks disagree");
+        let Some(Error::Rendezvous { reason }) = &told[3 - second] else { panic!("{told:?}") };
+        assert!(reason.contains(&format!("rank {} gave up", second - 1)), "{reason}");
+    }
 }

@@ -12,6 +12,7 @@ mod place;
 #[cfg(test)]
 mod tests;
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -69,6 +70,10 @@ struct Served {
     /// How many ranks have joined the earlier worlds, as PyTorch counts.
     joined: i64,
 }
+
+/// At which addresses this process has met a rank 0 that serves the store, and whether the last world there had PyTorch's
+/// keys.
+static LAST: Lazy<Mutex<HashMap<String, bool>>> = Lazy::new(Mutex::default);
 
 /// Meets the other ranks.
 pub(crate) fn rendezvous(request: RendezvousRequest) -> Result<Rendezvous> {
@@ -135,6 +140,12 @@ fn rendezvous_in(request: RendezvousRequest, env: Lookup<'_>) -> Result<Rendezvo
             Place::Environment => return Err(failed("env:// has no address")),
         },
     };
+    let met_here = venue.served.as_ref().filter(|_| rank != 0).map(|_| venue.name.clone());
+    let has_met = || {
+        if let Some(place) = met_here {
+            LAST.lock().insert(place, request.pytorch_keys);
+        }
+    };
     if request.pytorch_keys {
         if let Some(served) = &venue.served {
             join_pytorch(&venue, served, rank, world_size, request.timeout).inspect_err(|_| {
@@ -142,6 +153,7 @@ fn rendezvous_in(request: RendezvousRequest, env: Lookup<'_>) -> Result<Rendezvo
                 SERVED.lock().retain(|own| !Arc::ptr_eq(&own.store, served));
             })?;
         }
+        has_met();
         // A store of the user's is the groups' own; else PyTorch puts this before all.
         let store: Arc<dyn Store> = match request.store {
             Some(store) => store,
@@ -154,6 +166,7 @@ fn rendezvous_in(request: RendezvousRequest, env: Lookup<'_>) -> Result<Rendezvo
         Hello::new(world_size, request.backend_name, request.group_name, environment::run_id(env), &claim);
     hello.names_device = request.names_device;
     let met = Meeting::new(&venue, rank, hello, request.timeout).run()?;
+    has_met();
     let counted = met.hosts.get(rank).map(|own| met.hosts[..rank].iter().filter(|host| *host == own).count());
     let local_rank = local_rank.or(counted);
     Ok(Rendezvous { store: met.store, rank, world_size, local_rank, claim: Some(claim) })
@@ -191,17 +204,47 @@ fn tcp(
     }
     let mut patience = Patience::new(timeout);
     let who = if agent { "the launcher's store".to_owned() } else { "rank 0".to_owned() };
-    let knock = Wire::knock(host, port, timeout, |error| {
-        patience.speak(|| format!("{who} at {place} ({error})"));
-    });
-    knock.map_err(|error| match error {
-        NoWire::Wrong(reason) => failed(format!("{place}: {reason}")),
-        NoWire::Late(error) => failed(format!(
-            "{who} did not come to {place} within {timeout:?} ({error}): is it running, and is this its address?"
-        )),
-    })?;
-    let store = TcpStore::client(host, port, timeout)?;
-    Ok(Arc::new(store))
+    loop {
+        let knock = Wire::knock(host, port, patience.left(), |error| {
+            patience.speak(|| format!("{who} at {place} ({error})"));
+        });
+        knock.map_err(|error| match error {
+            NoWire::Wrong(reason) => failed(format!("{place}: {reason}")),
+            NoWire::Late(error) => failed(format!(
+                "{who} did not come to {place} within {timeout:?} ({error}): is it running, and is this its address?"
+            )),
+        })?;
+        let store = TcpStore::client(host, port, timeout)?;
+        if agent || !is_left_over(&place, &store, request.pytorch_keys, &mut patience) {
+            return Ok(Arc::new(store));
+        }
+    }
+}
+
+/// Whether this is what rank 0 served for the last world here, which was of the other sort: then it will serve another.
+/// Waits for that as long as there is time; after it, or where that world was none of this process, the two sorts meet.
+fn is_left_over(place: &str, store: &TcpStore, pytorch_keys: bool, patience: &mut Patience) -> bool {
+    if LAST.lock().get(place) != Some(&!pytorch_keys) {
+        return false;
+    }
+    let job = format!("tchd/{}/job", environment::restarts(&environment::process));
+    let mut wire = if pytorch_keys { None } else { store.wire().ok() };
+    loop {
+        let of_the_other_sort = match &mut wire {
+            _ if pytorch_keys => store.check(&[&job]).ok(),
+            Some(wire) => wire.workers().ok().map(|workers| workers > 0),
+            None => None,
+        };
+        match of_the_other_sort {
+            Some(true) => {}
+            Some(false) => return false,
+            None => return true, // it has gone
+        }
+        patience.speak(|| format!("rank 0 to leave the last world at {place}"));
+        if !patience.pause() {
+            return false;
+        }
+    }
 }
 
 fn serve(host: &str, port: u16, request: &RendezvousRequest) -> Result<Arc<TcpStore>> {

@@ -234,6 +234,25 @@ fn a_native_rank_and_a_gloo_rank_are_told_on_both_sides() {
 }
 
 #[test]
+fn a_rank_that_comes_first_to_a_world_of_the_other_sort_at_the_same_address_waits_for_rank_0() {
+    let url = free();
+    for gloo in [false, true, false] {
+        let request = |rank| RendezvousRequest {
+            pytorch_keys: gloo,
+            backend_name: if gloo { "gloo" } else { "native" }.to_owned(),
+            ..at(&url, rank, 2)
+        };
+        let met = thread::scope(|scope| {
+            let early = scope.spawn(|| rendezvous_in(request(1), &nothing));
+            // Long enough for rank 1 to see what rank 0 still serves.
+            thread::sleep(Duration::from_millis(500));
+            [rendezvous_in(request(0), &nothing), early.join().unwrap()]
+        });
+        share(&met);
+    }
+}
+
+#[test]
 fn a_gloo_world_has_pytorchs_keys_and_nothing_of_ours() {
     let url = free();
     let gloo =

@@ -149,3 +149,37 @@ fn gradients_are_averaged_also_where_a_rank_has_none() {
         assert_eq!(sum, a.grad() * 3.0);
     });
 }
+
+#[test]
+fn gradients_in_one_memory_and_tensors_of_two_names_are_scaled_and_averaged_once() {
+    // What autograd leaves where two parameters are added through views; and one tensor under two names.
+    let gradients = |slope: f64| {
+        let vs = nn::VarStore::new(Device::Cpu);
+        let (a, b) = (vs.root().ones("a", &[2]), vs.root().ones("b", &[2]));
+        let c = vs.root().ones("c", &[1]);
+        let _ = vs.root().add("d", c.shallow_clone(), true);
+        let sum = (a.unsqueeze(0) + b.unsqueeze(0)) * slope;
+        (sum.sum(Kind::Float) + (&c * 2.0 * slope).sum(Kind::Float)).backward();
+        assert_eq!(a.grad().data_ptr(), b.grad().data_ptr(), "autograd shares no memory any more");
+        (vs, [a, b, c])
+    };
+    let values = |parameters: &[Tensor; 3]| parameters.each_ref().map(|p| grad(p)[0]);
+    run_threads(2, |group| {
+        let (vs, parameters) = gradients(1.0 + 2.0 * group.rank() as f64);
+        sync_gradients(&vs, &group).unwrap();
+        assert_eq!(values(&parameters), [2.0, 2.0, 4.0]);
+
+        let (vs, parameters) = gradients(8.0);
+        assert!(LossScaler::new(8.0).unscale(&vs, &group).unwrap());
+        assert_eq!(values(&parameters), [1.0, 1.0, 2.0]);
+
+        // The squares are four of one and one of four.
+        let (vs, parameters) = gradients(1.0);
+        let (_, layout) = Layout::record(&group, || ());
+        let norm = clip_grad_norm(&vs, &layout, 8_f64.sqrt() / 2.0, &group).unwrap();
+        assert!((norm - 8_f64.sqrt()).abs() < 1e-6, "{norm}");
+        for (got, expected) in values(&parameters).iter().zip([0.5, 0.5, 1.0]) {
+            assert!((got - expected).abs() < 1e-5, "{got}, expected {expected}");
+        }
+    });
+}

@@ -337,6 +337,14 @@ fn a_wrong_call_is_refused_with_the_reason() {
         assert!(matches!(error, Error::InvalidArgument { argument: "micro_batches", .. }), "{error}");
         let error = build(2 + group.rank(), Schedule::GPipe).unwrap_err();
         assert!(error.to_string().contains("must be the same on all ranks"), "{error}");
+        // What only one rank's schedule could not take is refused on both.
+        for (own, others) in [(2, 1), (0, 1)] {
+            let count = if group.rank() == 1 { own } else { others };
+            let stages = (0..count).map(|_| Stage::new(nn::func(Tensor::shallow_clone))).collect();
+            let error = Pipeline::new(stages, 4, Schedule::OneFOneB, &group).unwrap_err();
+            assert!(matches!(error, Error::InvalidArgument { argument: "stages", .. }), "{error}");
+            assert!(error.to_string().contains("must be the same on all ranks"), "{error}");
+        }
 
         let pipeline = build(4, Schedule::GPipe).unwrap();
         let (xs, ts) = data(Kind::Double, 0);
@@ -500,6 +508,5 @@ fn a_stage_that_fails_on_one_of_the_ranks_that_share_it_ends_the_others_and_both
     });
     for (rank, error) in errors.iter().enumerate() {
         assert!(error.contains("stage 1") && error.contains("out of luck"), "rank {rank}: {error}");
-        println!("{rank}: {error}");
     }
 }

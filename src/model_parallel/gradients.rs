@@ -1,10 +1,12 @@
 //! What is done with gradients between backward and the optimizer, over all axes of a mesh.
 
+use std::collections::HashMap;
+
 use tch::{Kind, Tensor, nn};
 
 use super::tensor::Layout;
 use crate::autograd::set_grad;
-use crate::{Error, ProcessGroup, ReduceOp, Result};
+use crate::{Error, ProcessGroup, ReduceOp, Result, libtorch};
 
 /// Averages the gradients of all parameters over `group`: data parallelism in one call after backward.
 ///
@@ -32,20 +34,20 @@ pub fn sync_gradients(vs: &nn::VarStore, group: &ProcessGroup) -> Result<()> {
         return Ok(());
     }
     let _no_grad = tch::no_grad_guard();
-    let mut parameters = vs.trainable_variables();
+    let mut parameters = distinct(vs);
     // Which parameters have a gradient on any rank, so that all ranks send the same.
     let mine: Vec<u8> = parameters.iter().map(|p| u8::from(p.grad().defined())).collect();
     let mut used = Tensor::f_from_slice(&mine)?.f_to_device(vs.device())?;
     group.all_reduce(&mut used, ReduceOp::Max)?;
     let used = Vec::<u8>::try_from(used)?;
-    let mut grads = Vec::new();
-    for (parameter, _) in parameters.iter_mut().zip(used).filter(|(_, used)| *used != 0) {
-        if !parameter.grad().defined() {
-            let zeros = parameter.f_detach()?.f_zeros_like()?;
-            set_grad(parameter, Some(&zeros))?;
-        }
-        grads.push(parameter.grad());
+    let mut used = used.into_iter();
+    parameters.retain(|_| used.next() != Some(0));
+    for parameter in parameters.iter_mut().filter(|p| !p.grad().defined()) {
+        let zeros = parameter.f_detach()?.f_zeros_like()?;
+        set_grad(parameter, Some(&zeros))?;
     }
+    keep_apart(&mut parameters)?;
+    let mut grads: Vec<_> = parameters.iter().map(Tensor::grad).collect();
     group.all_reduce_coalesced(&mut grads, ReduceOp::Avg)
 }
 
@@ -88,9 +90,10 @@ pub fn clip_grad_norm(
     let mut variables: Vec<_> = vs.variables().into_iter().collect();
     // One order on every run, so that the sum is rounded alike.
     variables.sort_by(|a, b| a.0.cmp(&b.0));
+    let mut counted = Distinct::default();
     for (name, variable) in &variables {
         let grad = variable.grad();
-        if grad.defined() && layout.counts(name) {
+        if grad.defined() && layout.counts(name) && counted.is_new(variable) {
             let square = grad.f_to_kind(Kind::Double)?.f_square()?.f_sum(Kind::Double)?;
             let _ = squares.f_add_(&square)?;
         }
@@ -105,10 +108,61 @@ pub fn clip_grad_norm(
 }
 
 fn scale_gradients(vs: &nn::VarStore, scale: f64) -> Result<()> {
-    for parameter in vs.trainable_variables() {
+    let mut parameters = distinct(vs);
+    keep_apart(&mut parameters)?;
+    for parameter in &parameters {
         let mut grad = parameter.grad();
         if grad.defined() {
             let _ = grad.f_mul_scalar_(scale)?;
+        }
+    }
+    Ok(())
+}
+
+/// Finds tensors that were there before: one may be registered under several names.
+#[derive(Default)]
+struct Distinct(HashMap<usize, Vec<Tensor>>);
+
+impl Distinct {
+    fn is_new(&mut self, t: &Tensor) -> bool {
+        let near = self.0.entry(t.data_ptr() as usize).or_default();
+        let new = !near.iter().any(|other| libtorch::same(other, t));
+        if new {
+            near.push(t.shallow_clone());
+        }
+        new
+    }
+}
+
+/// The trainable parameters, each once.
+fn distinct(vs: &nn::VarStore) -> Vec<Tensor> {
+    let mut seen = Distinct::default();
+    vs.trainable_variables().into_iter().filter(|parameter| seen.is_new(parameter)).collect()
+}
+
+/// Gives a gradient that lies in another one's memory its own, so that each may be written to. Autograd makes such:
+/// with `a.unsqueeze(0) + b.unsqueeze(0)` one tensor becomes the gradient of both.
+fn keep_apart(parameters: &mut [Tensor]) -> Result<()> {
+    let mut spans = Vec::new();
+    for (index, parameter) in parameters.iter().enumerate() {
+        let grad = parameter.grad();
+        if grad.defined() && !grad.is_sparse() && grad.numel() > 0 {
+            let steps = grad.size().into_iter().zip(grad.stride()).map(|(n, stride)| (n - 1) * stride);
+            let bytes = (1 + steps.sum::<i64>()) as usize * grad.kind().elt_size_in_bytes();
+            let start = grad.data_ptr() as usize;
+            spans.push((start, start + bytes, index));
+        }
+    }
+    spans.sort_unstable();
+    let mut end = 0;
+    for (start, own_end, index) in spans {
+        if start < end {
+            let grad = parameters[index].grad();
+            let mut copy = grad.f_empty_like()?;
+            copy.f_copy_(&grad)?;
+            set_grad(&mut parameters[index], Some(&copy))?;
+        } else {
+            end = own_end;
         }
     }
     Ok(())

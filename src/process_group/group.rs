@@ -187,9 +187,11 @@ impl ProcessGroup {
     /// Ends the groups in which this rank meets no other rank of this group, because it failed: a mesh's other axes.
     /// `words` tell the others of it. The world that this group came from stays.
     pub(crate) fn abort_crossing(&self, words: &str) {
-        for group in self.inner.universe.groups() {
+        let universe = &self.inner.universe;
+        for group in universe.groups() {
             let common = group.ranks.iter().filter(|rank| self.inner.ranks.contains(rank)).count();
-            if common == 1 && group.ranks.len() > 1 && group.abortable().is_ok() {
+            let is_axis = (2..universe.world_size).contains(&group.ranks.len());
+            if common == 1 && is_axis && group.abortable().is_ok() {
                 let (op, source) = ("its step".to_owned(), Some(std::io::Error::other(words.to_owned())));
                 group.abort(Arc::new(Error::PeerLost { rank: group.rank, op, source }));
             }

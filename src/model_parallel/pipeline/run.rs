@@ -73,13 +73,7 @@ impl Pipeline {
         schedule: Schedule,
         group: &ProcessGroup,
     ) -> Result<Self> {
-        let plan = Plan::new(schedule, group.size(), stages.len(), micro_batches)?;
-        if schedule == Schedule::ZeroBubble {
-            return Err(Error::Unsupported {
-                backend: group.backend_name(),
-                what: "running a zero-bubble schedule: it exists as a Plan".to_owned(),
-            });
-        }
+        // Before anything is refused: all ranks see the same, and so refuse the same.
         let mine = (stages.len(), micro_batches, schedule.to_string());
         let all = group.all_gather_object(&mine)?;
         if let Some(other) = all.iter().position(|a| *a != all[0]) {
@@ -88,6 +82,13 @@ impl Pipeline {
                 all[0], all[other]
             );
             return Err(Error::invalid("stages", reason));
+        }
+        let plan = Plan::new(schedule, group.size(), stages.len(), micro_batches)?;
+        if schedule == Schedule::ZeroBubble {
+            return Err(Error::Unsupported {
+                backend: group.backend_name(),
+                what: "running a zero-bubble schedule: it exists as a Plan".to_owned(),
+            });
         }
         let eval_plan = Plan::forward_only(group.size(), stages.len(), micro_batches)?;
         let wire = RefCell::new(Wire::new(group, Device::Cpu, micro_batches, false));
@@ -193,7 +194,8 @@ impl Pipeline {
 
     /// Forwards and backwards of one batch. `inputs` are needed where the first stage is, `targets` where the last
     /// is; elsewhere they are not looked at. `loss` gets the last stage's outputs and the targets of a micro-batch, and
-    /// gives one number (or a result of one).
+    /// gives one number (or a result of one). Where the last stage [recomputes](Stage::recompute), it is called twice
+    /// for each micro-batch.
     ///
     /// Gives the mean loss over the micro-batches where the last stage is, elsewhere `None`.
     ///

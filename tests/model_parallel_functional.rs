@@ -1,9 +1,12 @@
 //! The differentiable collectives: values, and gradients against finite differences across ranks.
 
-use tch::{Device, Kind, Tensor};
+use std::time::Duration;
+
+use tch::{Device, Kind, Tensor, no_grad};
+use tch_distributed::autograd::{Context, Function, backward};
 use tch_distributed::functional as f;
-use tch_distributed::testing::run_threads;
-use tch_distributed::{Error, ProcessGroup, ReduceOp, Result};
+use tch_distributed::testing::{run_threads, run_threads_on};
+use tch_distributed::{Error, InitOptions, ProcessGroup, ReduceOp, Result};
 
 const D: (Kind, Device) = (Kind::Double, Device::Cpu);
 
@@ -32,7 +35,7 @@ fn check(
     let grad = x.grad();
 
     let total = |x: &Tensor| {
-        let mut sum = tch::no_grad(|| loss(&function(x).unwrap(), rank));
+        let mut sum = no_grad(|| loss(&function(x).unwrap(), rank));
         group.all_reduce(&mut sum, ReduceOp::Sum).unwrap();
         sum.double_value(&[])
     };
@@ -138,6 +141,131 @@ fn what_is_sent_gets_its_gradient_back() {
                 _ => Ok(f::recv(x, 0, 3, &group)?.sin() * x),
             },
         );
+    });
+}
+
+/// Ends a test in which a rank waits for another that does not come.
+fn for_a_while() -> InitOptions {
+    InitOptions::new().timeout(Duration::from_secs(20))
+}
+
+#[test]
+fn the_gradient_of_what_needs_none_is_taken_by_the_sender_all_the_same() {
+    run_threads_on("native", for_a_while(), 2, |group| {
+        // Small ones would go at once and be found by the next receive; large ones would wait to be taken.
+        for n in [2, 100_000] {
+            let like = Tensor::zeros([n], D);
+            if group.rank() == 0 {
+                let sent = f::send(&like.ones_like(), 1, 3, &group).unwrap();
+                assert!(sent.requires_grad());
+                backward(&sent).unwrap();
+            } else {
+                backward(&(f::recv(&like, 0, 3, &group).unwrap() * 5.0).sum(Kind::Double)).unwrap();
+            }
+            let mut next = Tensor::full([n], 7.0, D);
+            match group.rank() {
+                0 => drop(group.recv(&mut next, 1, 3).unwrap()),
+                _ => group.send(&next, 0, 3).unwrap(),
+            }
+            assert_eq!(next, Tensor::full([n], 7.0, D), "not the gradient, which is 5");
+            // Without gradients on either side nothing comes back.
+            let answer = no_grad(|| match group.rank() {
+                0 => f::send(&like, 1, 3, &group).unwrap(),
+                _ => f::recv(&like, 0, 3, &group).unwrap(),
+            });
+            assert!(!answer.requires_grad());
+        }
+    });
+}
+
+/// The identity, which gives no gradient back.
+struct Silent;
+
+impl Function for Silent {
+    fn forward(&mut self, _: &mut Context, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
+        Ok(vec![inputs[0].shallow_clone()])
+    }
+
+    fn backward(&mut self, _: &Context, _: &[Option<Tensor>]) -> Result<Vec<Option<Tensor>>> {
+        Ok(vec![None])
+    }
+}
+
+/// The gradients of all ranks through a function whose result gets no gradient on rank 1, and weight 1 elsewhere.
+fn silent_on_rank_1(function: impl Fn(&Tensor, &ProcessGroup) -> Result<Tensor> + Sync) -> Vec<Vec<f64>> {
+    run_threads_on("native", for_a_while(), 2, |group| {
+        let x = Tensor::ones([2], D).set_requires_grad(true);
+        let y = function(&x, &group).unwrap();
+        let y = if group.rank() == 1 { Silent.apply(&[&y]).unwrap().remove(0) } else { y };
+        backward(&(y.sum(Kind::Double) + x.sum(Kind::Double) * 0.0)).unwrap();
+        Vec::try_from(x.grad()).unwrap()
+    })
+}
+
+#[test]
+fn a_result_without_a_gradient_on_one_rank_counts_as_zero_there() {
+    let found = |gradients: [[f64; 2]; 2]| gradients.map(Vec::from).to_vec();
+    let both = found([[1.0; 2]; 2]);
+    assert_eq!(silent_on_rank_1(|x, g| f::all_reduce(x, ReduceOp::Sum, g)), both);
+    assert_eq!(silent_on_rank_1(|x, g| f::all_gather(x, 0, g)), both);
+    assert_eq!(silent_on_rank_1(f::copy_to_group), both);
+    let first = found([[1.0, 0.0]; 2]);
+    assert_eq!(silent_on_rank_1(|x, g| f::reduce_scatter(x, 0, ReduceOp::Sum, g)), first);
+    assert_eq!(silent_on_rank_1(|x, g| f::all_to_all(x, 0, 0, g)), first);
+    assert_eq!(silent_on_rank_1(|x, g| f::scatter_to_group(x, 0, g)), first);
+    let own = found([[1.0; 2], [0.0; 2]]);
+    assert_eq!(silent_on_rank_1(|x, g| f::broadcast(x, 0, g)), own);
+    assert_eq!(silent_on_rank_1(f::reduce_from_group), own);
+    assert_eq!(silent_on_rank_1(|x, g| f::gather_from_group(x, 0, g)), own);
+    // Rank 1 sends zeros back; rank 0's own loss is the zero.
+    let sent = |x: &Tensor, g: &ProcessGroup| match g.rank() {
+        0 => f::send(x, 1, 0, g),
+        _ => f::recv(x, 0, 0, g),
+    };
+    assert_eq!(silent_on_rank_1(sent), found([[0.0; 2]; 2]));
+}
+
+#[test]
+fn what_is_copied_to_the_group_cannot_be_changed_behind_the_back_of_its_original() {
+    run_threads(1, |group| {
+        let x = Tensor::from_slice(&[-3.0, 2.0]).set_requires_grad(true);
+        let h = &x + 1.0;
+        let mut y = f::copy_to_group(&h, &group).unwrap();
+        let error = y.f_relu_().unwrap_err().to_string();
+        assert!(error.contains("inplace"), "{error}");
+        assert_eq!(Vec::<f64>::try_from(&h).unwrap(), [-2.0, 3.0]);
+        // Nor does a change of the original go unseen.
+        let mut h = &x * 1.0;
+        let loss = f::copy_to_group(&h, &group).unwrap().square().sum(Kind::Double);
+        let _ = h.f_add_scalar_(1.0).unwrap();
+        let error = backward(&loss).unwrap_err().to_string();
+        assert!(error.contains("inplace"), "{error}");
+    });
+}
+
+#[test]
+fn an_undefined_tensor_is_refused_by_every_function_before_anything_is_sent() {
+    run_threads(2, |group| {
+        let (none, g) = (Tensor::new(), &group);
+        let results = [
+            f::all_reduce(&none, ReduceOp::Sum, g),
+            f::all_gather(&none, 0, g),
+            f::reduce_scatter(&none, 0, ReduceOp::Sum, g),
+            f::all_to_all(&none, 0, 0, g),
+            f::broadcast(&none, 0, g),
+            f::send(&none, 1 - g.rank(), 0, g),
+            f::recv(&none, 1 - g.rank(), 0, g),
+            f::copy_to_group(&none, g),
+            f::reduce_from_group(&none, g),
+            f::scatter_to_group(&none, 0, g),
+            f::gather_from_group(&none, 0, g),
+        ];
+        for result in results {
+            let error = result.unwrap_err();
+            assert!(matches!(error, Error::InvalidArgument { .. }), "{error}");
+            assert!(error.to_string().contains("undefined"), "{error}");
+        }
+        group.barrier().unwrap();
     });
 }
 

@@ -2,7 +2,7 @@
 
 use tch::Tensor;
 
-use crate::libtorch::{self, RawFunction, grad_state};
+use crate::libtorch::{self, Forward, RawFunction, grad_state};
 use crate::{Error, Result};
 
 /// What the forward of a [`Function`] leaves for its backward.
@@ -10,6 +10,7 @@ use crate::{Error, Result};
 pub struct Context {
     saved: Vec<Tensor>,
     needs: Vec<bool>,
+    materialize: bool,
 }
 
 impl Context {
@@ -19,6 +20,14 @@ impl Context {
     /// before backward, frees them when backward has run, and differentiates through them again.
     pub fn save_for_backward(&mut self, tensors: &[&Tensor]) {
         self.saved = tensors.iter().map(|t| t.shallow_clone()).collect();
+    }
+
+    /// Called in forward: backward gets zeros instead of `None` for an output that has no gradient. For a
+    /// backward that communicates, which every rank must run in the same way. (In PyTorch this is so unless one
+    /// says otherwise.)
+    #[doc(alias = "set_materialize_grads")]
+    pub fn materialize_grads(&mut self) {
+        self.materialize = true;
     }
 
     /// The tensors that forward saved.
@@ -71,7 +80,11 @@ pub trait Function: Send + 'static {
     fn forward(&mut self, ctx: &mut Context, inputs: &[Tensor]) -> Result<Vec<Tensor>>;
 
     /// From the gradient of each output, computes the gradient of each input. `None` stands for zero:
-    /// in `grads`, an output that the loss does not depend on; in the result, an input that gets none.
+    /// in `grads`, an output that the loss does not depend on (zeros after
+    /// [`materialize_grads`](Context::materialize_grads)); in the result, an input that gets none.
+    ///
+    /// A backward that it runs itself must not come to this same application of the function: libtorch holds a lock
+    /// of it, and the thread would wait for itself.
     fn backward(&mut self, ctx: &Context, grads: &[Option<Tensor>]) -> Result<Vec<Option<Tensor>>>;
 
     /// Runs forward and records the operation, unless grad mode is off or no input requires a gradient.
@@ -100,11 +113,11 @@ struct Applied<F> {
 }
 
 impl<F: Function> RawFunction for Applied<F> {
-    fn forward(&mut self, inputs: &[Tensor]) -> Result<(Vec<Tensor>, Vec<Tensor>)> {
-        let mut ctx = Context { saved: Vec::new(), needs: self.needs.clone() };
+    fn forward(&mut self, inputs: &[Tensor]) -> Result<Forward> {
+        let mut ctx = Context { saved: Vec::new(), needs: self.needs.clone(), materialize: false };
         let outputs = self.function.forward(&mut ctx, inputs)?;
         match outputs.iter().chain(&ctx.saved).all(Tensor::defined) {
-            true => Ok((outputs, ctx.saved)),
+            true => Ok(Forward { outputs, saved: ctx.saved, materialize: ctx.materialize }),
             false => Err(Error::Callback {
                 reason: "the forward of a Function returned or saved an undefined tensor".to_owned(),
             }),
@@ -112,7 +125,7 @@ impl<F: Function> RawFunction for Applied<F> {
     }
 
     fn backward(&mut self, saved: Vec<Tensor>, grads: &[Option<Tensor>]) -> Result<Vec<Option<Tensor>>> {
-        let ctx = Context { saved, needs: self.needs.clone() };
+        let ctx = Context { saved, needs: self.needs.clone(), materialize: false };
         let results = self.function.backward(&ctx, grads)?;
         if results.len() != self.needs.len() {
             return Err(Error::Callback {

@@ -134,7 +134,8 @@ pub fn on_grad(
 /// Calls `f` once, when the backward that this thread is in has done everything else. Works inside
 /// hooks and [`Function`](super::Function)s only.
 ///
-/// It runs on the thread that called backward; it may queue more, and may run a backward itself. If the
+/// It runs on the thread that finishes the last node: on the CPU that is the one that called backward, on CUDA as a
+/// rule autograd's thread of the device. It may queue more, and may run a backward itself. If the
 /// backward fails, it is dropped without having run: state that depends on it must be reset by the
 /// next forward.
 ///

@@ -69,9 +69,11 @@ impl Reducer {
         Ok(())
     }
 
-    /// Runs a part of a communication hook; a panic becomes an error.
+    /// Runs a part of a communication hook; a panic becomes an error. Grad mode is off, whichever thread this is
+    /// and whether backward still runs.
     fn run_hook<T>(&self, bucket: usize, part: impl FnOnce() -> Result<T>) -> Result<T> {
         let _here = self.hooking.lock();
+        let _no_grad = tch::no_grad_guard();
         catch_unwind(AssertUnwindSafe(part)).unwrap_or_else(|panic| {
             let text = panic_text(&*panic);
             Err(Error::Callback {

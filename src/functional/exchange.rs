@@ -58,7 +58,8 @@ struct AllToAll {
 }
 
 impl Function for AllToAll {
-    fn forward(&mut self, _: &mut Context, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
+    fn forward(&mut self, ctx: &mut Context, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
+        ctx.materialize_grads();
         let (split, concat) = (&self.split, &self.concat);
         Ok(vec![exchange_parts(&inputs[0], (split.0, &split.1), (concat.0, &concat.1), &self.group)?])
     }
@@ -76,7 +77,8 @@ struct Broadcast {
 }
 
 impl Function for Broadcast {
-    fn forward(&mut self, _: &mut Context, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
+    fn forward(&mut self, ctx: &mut Context, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
+        ctx.materialize_grads();
         let mut t = fresh(&inputs[0])?;
         self.group.broadcast(&mut t, self.src)?;
         Ok(vec![t])

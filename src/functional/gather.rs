@@ -66,7 +66,8 @@ struct AllGather {
 }
 
 impl Function for AllGather {
-    fn forward(&mut self, _: &mut Context, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
+    fn forward(&mut self, ctx: &mut Context, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
+        ctx.materialize_grads();
         Ok(vec![gather_parts(&inputs[0], self.dim, &self.sizes, &self.group)?])
     }
 
@@ -85,6 +86,7 @@ struct ReduceScatter {
 
 impl Function for ReduceScatter {
     fn forward(&mut self, ctx: &mut Context, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
+        ctx.materialize_grads();
         let linear = matches!(self.op, ReduceOp::Sum | ReduceOp::Avg | ReduceOp::PremulSum(_));
         if ctx.needs_input_grad(0) && !linear {
             return Err(Error::Unsupported {

@@ -2,7 +2,7 @@
 //!
 //! Each function has a backward that communicates too, so **every rank must run it**: the result must go into the
 //! loss that is differentiated on all ranks or on none, and the input must require gradients on all ranks or on
-//! none.
+//! none (but that of [`send`], which gets one in any case).
 //!
 //! # Whose gradient
 //!

@@ -28,11 +28,20 @@ pub(crate) fn even_sizes(len: i64, size: usize) -> Vec<i64> {
 
 /// The dimension counted from the front.
 pub(crate) fn dim_index(t: &Tensor, dim: i64, argument: &'static str) -> Result<usize> {
+    defined(t, "t")?;
     let dims = t.dim() as i64;
     if (-dims..dims).contains(&dim) {
         return Ok(dim.rem_euclid(dims) as usize);
     }
     Err(Error::invalid(argument, format!("dimension {dim} of a tensor of {dims} dimensions")))
+}
+
+/// tch panics where it is asked for the kind or the device of an undefined tensor.
+pub(super) fn defined(t: &Tensor, argument: &'static str) -> Result<()> {
+    match t.defined() {
+        true => Ok(()),
+        false => Err(Error::invalid(argument, "the tensor is undefined")),
+    }
 }
 
 /// A contiguous tensor of its own with the same elements.

@@ -2,12 +2,16 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::parts::{first, fresh, only, refuse_create_graph};
+use super::parts::{defined, first, fresh, only, refuse_create_graph};
 use crate::autograd::{Context, Function};
 use crate::{ProcessGroup, Result};
 
 /// Sends `t` to rank `dst` and gives a **zero** (a scalar) that must be added to this rank's loss: when its backward
 /// comes by, it waits for the gradient that [`recv`] on the other rank sends back.
+///
+/// That gradient comes whether or not `t` requires one (it is dropped if not): the other rank cannot know. So the
+/// zero requires a gradient wherever gradients are on and `t` is of a kind that can have one. Where no gradient
+/// shall come back, use [`ProcessGroup::send`] and [`ProcessGroup::recv`], or turn gradients off on both ranks.
 ///
 /// ```
 /// use tch::{Device, Kind, Tensor};
@@ -29,21 +33,28 @@ use crate::{ProcessGroup, Result};
 /// # Errors
 /// Those of [`ProcessGroup::send`].
 pub fn send(t: &Tensor, dst: usize, tag: u32, group: &ProcessGroup) -> Result<Tensor> {
-    first(Send { dst, tag, group: group.clone(), sent: None }.apply(&[t])?)
+    defined(t, "t")?;
+    first(Send { dst, tag, group: group.clone(), sent: None }.apply(&[t, &anchor(t)?])?)
 }
 
 /// Receives from rank `src` a tensor of the shape, kind and device of `like`. Its gradient is sent back, if
-/// gradients are on, so it must go into this rank's loss; the sender uses [`send`] with the same tag.
+/// gradients are on, so it must go into this rank's loss; the sender uses [`send`] with the same tag, and its zero
+/// in its own loss: what the one sends back, the other must wait for.
 ///
 /// # Errors
 /// Those of [`ProcessGroup::recv`].
 pub fn recv(like: &Tensor, src: usize, tag: u32, group: &ProcessGroup) -> Result<Tensor> {
+    defined(like, "like")?;
     let like = like.f_detach()?;
-    // Autograd comes only to a function whose input requires a gradient.
+    let anchor = anchor(&like)?;
+    first(Recv { src, tag, group: group.clone(), like }.apply(&[&anchor])?)
+}
+
+/// Autograd comes only to a function whose input requires a gradient: this one does if `like` can, on both ranks.
+fn anchor(like: &Tensor) -> Result<Tensor> {
     let anchor = Tensor::f_zeros([0_i64; 1], (like.kind(), like.device()))?;
     let differentiable = like.f_is_floating_point()? || like.f_is_complex()?;
-    let anchor = anchor.f_set_requires_grad(differentiable)?;
-    first(Recv { src, tag, group: group.clone(), like }.apply(&[&anchor])?)
+    Ok(anchor.f_set_requires_grad(differentiable)?)
 }
 
 struct Send {
@@ -61,12 +72,12 @@ impl Function for Send {
         Ok(vec![Tensor::f_zeros([0_i64; 0], (t.kind(), t.device()))?])
     }
 
-    fn backward(&mut self, _: &Context, _: &[Option<Tensor>]) -> Result<Vec<Option<Tensor>>> {
+    fn backward(&mut self, ctx: &Context, _: &[Option<Tensor>]) -> Result<Vec<Option<Tensor>>> {
         refuse_create_graph("send")?;
-        let Some((size, kind, device)) = &self.sent else { return Ok(vec![None]) };
+        let Some((size, kind, device)) = &self.sent else { return Ok(vec![None, None]) };
         let mut grad = Tensor::f_empty(size, (*kind, *device))?;
         self.group.recv(&mut grad, self.dst, self.tag)?;
-        Ok(vec![Some(grad)])
+        Ok(vec![ctx.needs_input_grad(0).then_some(grad), None])
     }
 }
 
@@ -78,7 +89,8 @@ struct Recv {
 }
 
 impl Function for Recv {
-    fn forward(&mut self, _: &mut Context, _: &[Tensor]) -> Result<Vec<Tensor>> {
+    fn forward(&mut self, ctx: &mut Context, _: &[Tensor]) -> Result<Vec<Tensor>> {
+        ctx.materialize_grads();
         let mut t = Tensor::f_empty(self.like.size(), (self.like.kind(), self.like.device()))?;
         self.group.recv(&mut t, self.src, self.tag)?;
         Ok(vec![t])

@@ -52,6 +52,7 @@ impl AllReduce {
 
 impl Function for AllReduce {
     fn forward(&mut self, ctx: &mut Context, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
+        ctx.materialize_grads();
         if ctx.needs_input_grad(0) && matches!(self.op, ReduceOp::BitAnd | ReduceOp::BitOr | ReduceOp::BitXor)
         {
             return Err(Error::Unsupported {

@@ -12,6 +12,8 @@ use crate::{ProcessGroup, ReduceOp, Result, libtorch};
 /// The same value; its gradient is the sum of all ranks' gradients.
 ///
 /// For a replicated value that each rank uses in its own way (Megatron-LM's *f*).
+///
+/// The result is a view of `t`, not a copy. Where the operation is recorded, autograd refuses to change it in place.
 pub fn copy_to_group(t: &Tensor, group: &ProcessGroup) -> Result<Tensor> {
     first(copy_all_to_group(&[t], group)?)
 }
@@ -58,8 +60,10 @@ struct Copy {
 }
 
 impl Function for Copy {
-    fn forward(&mut self, _: &mut Context, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
-        inputs.iter().map(|t| Ok(t.f_detach()?)).collect()
+    fn forward(&mut self, ctx: &mut Context, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
+        ctx.materialize_grads();
+        // The inputs themselves: autograd makes views of them, and knows them as such.
+        Ok(inputs.iter().map(Tensor::shallow_clone).collect())
     }
 
     fn backward(&mut self, ctx: &Context, grads: &[Option<Tensor>]) -> Result<Vec<Option<Tensor>>> {
@@ -71,18 +75,13 @@ impl Function for Copy {
             };
             return grads.iter().enumerate().map(sum).collect();
         }
-        // Every rank must send the same tensors, so all outputs or none are used in the loss.
         let mut sums = grads.iter().flatten().map(fresh).collect::<Result<Vec<_>>>()?;
         match sums.as_mut_slice() {
             [one] => self.group.all_reduce(one, ReduceOp::Sum)?,
             many => self.group.all_reduce_coalesced(many, ReduceOp::Sum)?,
         }
-        let mut sums = sums.into_iter();
-        Ok(grads
-            .iter()
-            .enumerate()
-            .map(|(i, g)| g.as_ref().and_then(|_| sums.next()).filter(|_| ctx.needs_input_grad(i)))
-            .collect())
+        let needed = |(i, sum)| ctx.needs_input_grad(i).then_some(sum);
+        Ok(sums.into_iter().enumerate().map(needed).collect())
     }
 }
 
@@ -91,7 +90,8 @@ struct Reduce {
 }
 
 impl Function for Reduce {
-    fn forward(&mut self, _: &mut Context, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
+    fn forward(&mut self, ctx: &mut Context, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
+        ctx.materialize_grads();
         let mut sum = fresh(&inputs[0])?;
         self.group.all_reduce(&mut sum, ReduceOp::Sum)?;
         Ok(vec![sum])
@@ -109,7 +109,8 @@ struct Scatter {
 }
 
 impl Function for Scatter {
-    fn forward(&mut self, _: &mut Context, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
+    fn forward(&mut self, ctx: &mut Context, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
+        ctx.materialize_grads();
         let part = shard_range(self.len, self.group.rank(), self.group.size());
         Ok(vec![own_part(&inputs[0], self.dim, part)?])
     }
@@ -127,7 +128,8 @@ struct Gather {
 }
 
 impl Function for Gather {
-    fn forward(&mut self, _: &mut Context, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
+    fn forward(&mut self, ctx: &mut Context, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
+        ctx.materialize_grads();
         Ok(vec![gather_parts(&inputs[0], self.dim, &self.sizes, &self.group)?])
     }
 

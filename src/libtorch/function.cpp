@@ -22,9 +22,9 @@ struct Node : ag::Function<Node> {
       at::TensorList inputs) {
     ctx->saved_data[kApplication] =
         c10::IValue::make_capsule(c10::intrusive_ptr<torch::CustomClassHolder>(application));
-    ctx->set_materialize_grads(false);
     Tensors outputs, saved;
-    run_forward(*application->function, Tensors(inputs.vec()), outputs, saved);
+    ctx->set_materialize_grads(
+        run_forward(*application->function, Tensors(inputs.vec()), outputs, saved));
     ctx->save_for_backward(std::move(saved.list()));
     return std::move(outputs.list());
   }

@@ -20,7 +20,7 @@ mod ffi {
             inputs: &Tensors,
             outputs: Pin<&mut Tensors>,
             saved: Pin<&mut Tensors>,
-        ) -> Result<()>;
+        ) -> Result<bool>;
         fn run_backward(
             function: &RustFunction,
             grads: &Tensors,
@@ -37,16 +37,24 @@ mod ffi {
     }
 }
 
+/// What a forward gives.
+pub(crate) struct Forward {
+    pub(crate) outputs: Vec<Tensor>,
+    /// For backward.
+    pub(crate) saved: Vec<Tensor>,
+    /// Whether backward gets zeros for the gradients that there are not.
+    pub(crate) materialize: bool,
+}
+
 /// An operation, as autograd calls it.
 pub(crate) trait RawFunction: Send {
-    /// The outputs, and the tensors to save for backward.
-    fn forward(&mut self, inputs: &[Tensor]) -> Result<(Vec<Tensor>, Vec<Tensor>)>;
+    fn forward(&mut self, inputs: &[Tensor]) -> Result<Forward>;
     /// The gradient of each input. `None` stands for zero, on either side.
     fn backward(&mut self, saved: Vec<Tensor>, grads: &[Option<Tensor>]) -> Result<Vec<Option<Tensor>>>;
 }
 
-/// What the graph node holds. Autograd calls it from one thread at a time; a backward within it that
-/// comes to the same node is refused.
+/// What the graph node holds. Autograd calls it from one thread at a time: it holds a lock of the node meanwhile, so
+/// that a backward within it that comes to the same node waits for itself before it gets here.
 pub(super) struct RustFunction(ReentrantMutex<Contained<RefCell<Box<dyn RawFunction>>>>);
 
 impl RustFunction {
@@ -66,12 +74,12 @@ fn run_forward(
     inputs: &Tensors,
     outputs: Pin<&mut Tensors>,
     saved: Pin<&mut Tensors>,
-) -> Result<(), String> {
+) -> Result<bool, String> {
     function.with(|f| {
-        let (results, keep) = f.forward(&defined(inputs))?;
-        list::append(outputs, results.iter().map(Some));
-        list::append(saved, keep.iter().map(Some));
-        Ok(())
+        let forward = f.forward(&defined(inputs))?;
+        list::append(outputs, forward.outputs.iter().map(Some));
+        list::append(saved, forward.saved.iter().map(Some));
+        Ok(forward.materialize)
     })
 }
 

@@ -13,7 +13,7 @@ mod tensor;
 
 pub(crate) use c10d::{C10dBackend, C10dMember, C10dReduce, C10dWork, NcclPlan, Told, why_no_nccl};
 pub(crate) use facts::{Facts, NoFacts, facts};
-pub(crate) use function::{RawFunction, apply_function, grad_enabled};
+pub(crate) use function::{Forward, RawFunction, apply_function, grad_enabled};
 pub(crate) use generator::RawGenerator;
 pub(crate) use hooks::{
     Registration, after_backward, backward, grad_state, hook_accumulated, hook_grad, in_backward, set_grad,

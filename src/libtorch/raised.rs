@@ -13,7 +13,7 @@ use crate::{Error, Result};
 /// Errors that nobody has caught yet, by number. tch's own `f_backward` reads only the text, so that
 /// some are never fetched: the oldest go when there are many.
 static RAISED: Mutex<(u64, VecDeque<(u64, Error)>)> = Mutex::new((0, VecDeque::new()));
-const KEPT: usize = 64;
+const KEPT: usize = 1024;
 const MARK: &str = " [callback error ";
 
 /// Leaves an error for [`caught`] and gives the text that the exception shall carry.

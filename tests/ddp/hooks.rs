@@ -79,6 +79,41 @@ fn a_hook_of_ones_own_sees_every_bucket_in_order_and_decides_what_becomes_of_it(
 }
 
 #[test]
+fn grad_mode_is_off_in_every_part_of_a_hook_whichever_bucket_and_backward() {
+    within(60, || {
+        dist::testing::run_threads(2, |group| {
+            let vs = nn::VarStore::new(Device::Cpu);
+            let net = Net::new(&vs);
+            let options = DdpOptions::new().bucket_cap_mb(0.00001);
+            let ddp = DistributedDataParallel::new(net, &vs, &group, options).unwrap();
+            let (tell, told) = std::sync::mpsc::channel();
+            // What is computed from something that requires a gradient tells whether grad mode is on.
+            let records = || (Tensor::from(1.0).set_requires_grad(true) * 2.0).requires_grad();
+            let hook = move |bucket: GradBucket, group: &ProcessGroup| {
+                tell.send(records()).unwrap();
+                let work = group.all_reduce_coalesced_async(bucket.gradients(), ReduceOp::Sum)?;
+                let tell = tell.clone();
+                Ok(Exchange::new(move || {
+                    tell.send(records()).unwrap();
+                    work.wait()
+                }))
+            };
+            ddp.set_comm_hook(hook).unwrap();
+            for plain in [false, true] {
+                let loss = ddp.forward(&batch(0, 4, Kind::Float).0).unwrap().sum(Kind::Float);
+                if plain {
+                    loss.backward()
+                } else {
+                    ddp.backward(&loss).unwrap()
+                }
+                assert!(records(), "left as it was");
+                assert_eq!(told.try_iter().collect::<Vec<_>>(), [false; 12]);
+            }
+        });
+    });
+}
+
+#[test]
 fn compression_leaves_alone_what_is_narrow_already_and_complex_gradients() {
     fn gradients(hook: impl CommHook + Clone + Sync) {
         dist::testing::run_threads(2, |group| {

@@ -50,14 +50,20 @@ pub(super) struct Combine {
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum After {
     Nothing,
-    /// Divided by the number of ranks.
-    Divide(usize),
+    /// Divided by the number of ranks, or by what is left of it.
+    Divide(f64),
     /// Any byte but 0 is true.
     Truth,
 }
 
-/// How to combine elements of a kind, or what the engine cannot do, in words.
-pub(super) fn combine(flavor: Flavor, op: ReduceOp, kind: Kind, size: usize) -> Result<Combine, String> {
+/// How to combine elements of a kind, or what the engine cannot do, in words. `pure`: every rank does as this says.
+pub(super) fn combine(
+    flavor: Flavor,
+    op: ReduceOp,
+    kind: Kind,
+    size: usize,
+    pure: bool,
+) -> Result<Combine, String> {
     use Kind::*;
     let cannot = || Err(format!("{op} of {kind:?}"));
     let float = matches!(kind, Float | Double | Half | BFloat16);
@@ -85,7 +91,14 @@ pub(super) fn combine(flavor: Flavor, op: ReduceOp, kind: Kind, size: usize) -> 
         ReduceOp::Avg if kind == Bool => return cannot(),
         ReduceOp::Avg if flavor == Flavor::Nccl && float => AVG,
         ReduceOp::Avg => {
-            after = After::Divide(size);
+            let mut divisor = size as f64;
+            if seen_as == Half && pure {
+                // The sum of a few gradients is more than a half can hold. A power of two first is exact but for the
+                // smallest numbers, and leaves what divides as exactly as the number of ranks would.
+                let share = size.next_power_of_two() as f64;
+                (scale, divisor) = ((size > 1).then_some(1.0 / share), divisor / share);
+            }
+            after = After::Divide(divisor);
             SUM
         }
         ReduceOp::Product | ReduceOp::Min | ReduceOp::Max if complex => return cannot(),
@@ -155,13 +168,13 @@ impl Combine {
         };
         match self.after {
             After::Nothing => {}
-            After::Divide(size) => {
-                let size = scalar(size as f64, result)?;
+            After::Divide(by) => {
+                let by = scalar(by, result)?;
                 let _ = match result.f_kind()? {
                     Kind::Int8 | Kind::Uint8 | Kind::Int16 | Kind::Int | Kind::Int64 => {
-                        result.f_div_tensor_mode_(&size, "trunc")?
+                        result.f_div_tensor_mode_(&by, "trunc")?
                     }
-                    _ => result.f_div_(&size)?,
+                    _ => result.f_div_(&by)?,
                 };
             }
             After::Truth => {
@@ -186,14 +199,14 @@ mod tests {
     #[test]
     fn nccl_multiplies_itself_where_libtorch_hands_it_the_factor_whole() {
         for kind in [Kind::Half, Kind::Float, Kind::Double] {
-            let combine = combine(Flavor::Nccl, ReduceOp::PremulSum(0.5), kind, 2).unwrap();
+            let combine = combine(Flavor::Nccl, ReduceOp::PremulSum(0.5), kind, 2, true).unwrap();
             assert_eq!(
                 (combine.how.op, combine.how.factor, combine.scale),
                 (PREMUL_SUM, 0.5, None),
                 "{kind:?}"
             );
         }
-        let combine = combine(Flavor::Nccl, ReduceOp::PremulSum(0.5), Kind::BFloat16, 2).unwrap();
+        let combine = combine(Flavor::Nccl, ReduceOp::PremulSum(0.5), Kind::BFloat16, 2, true).unwrap();
         assert_eq!((combine.how.op, combine.scale), (SUM, Some(0.5)));
     }
 }

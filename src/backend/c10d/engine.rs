@@ -199,7 +199,7 @@ impl CollectiveBackend for Engine {
 
     fn supports(&self, op: &Op, kind: Kind) -> Result<(), String> {
         match op.reduce_op() {
-            Some(how) => combine(self.0.flavor, how, kind, self.0.witness.size)
+            Some(how) => combine(self.0.flavor, how, kind, self.0.witness.size, self.0.pure)
                 .map(|_| ())
                 .map_err(|what| format!("{} with {what}", op.name())),
             None if matches!(kind, Kind::QInt8 | Kind::QUInt8 | Kind::QInt32) => {

@@ -99,7 +99,7 @@ impl Site<'_> {
     }
 
     fn combine(&self, op: ReduceOp, kind: Kind) -> Result<Combine> {
-        combine(self.flavor, op, kind, self.size).map_err(|what| self.unsupported(what))
+        combine(self.flavor, op, kind, self.size, self.pure).map_err(|what| self.unsupported(what))
     }
 
     fn unsupported(&self, what: String) -> Error {

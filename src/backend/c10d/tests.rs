@@ -207,6 +207,41 @@ fn every_kind_is_moved_and_what_can_be_is_reduced() {
 }
 
 #[test]
+fn an_average_of_halves_does_not_overflow_and_is_as_exact_as_before() {
+    for size in [1, 3, 4] {
+        ranks(size, |rank, gloo| {
+            for kind in [Kind::Half, Kind::ComplexHalf] {
+                let mean = (size as f64 + 1.0) / 2.0;
+                let own = [60000.0, -65504.0, rank as f64 + 1.0, 0.25 * (rank as f64 + 1.0)];
+                let expected =
+                    [60000.0, -65504.0, mean, 0.25 * mean].map(|v| f32s(&[v as f32]).to_kind(Kind::Half));
+                // Complex numbers as pairs of halves.
+                let halves = Tensor::from_slice(&own).to_kind(Kind::Half);
+                let like = || if kind == Kind::Half { halves.copy() } else { halves.view_dtype(kind).copy() };
+                let found = |t: &Tensor| values(&t.view_dtype(Kind::Half));
+                let expected: Vec<f64> = expected.iter().flat_map(values).collect();
+                let t = like();
+                gloo.run(call(Op::AllReduce(ReduceOp::Avg), kind, &[], &[&t])).unwrap();
+                assert_eq!(found(&t), expected, "{size} ranks");
+                let (t, out) = (like(), like());
+                let reduce = Op::Reduce { op: ReduceOp::Avg, dst: 0 };
+                let outputs: &[&Tensor] = if rank == 0 { &[&out] } else { &[] };
+                gloo.run(call(reduce, kind, &[&t], outputs)).unwrap();
+                assert_eq!(found(&t), values(&halves), "the input is not written to");
+                if rank == 0 {
+                    assert_eq!(found(&out), expected);
+                }
+                let inputs: Vec<Tensor> = (0..size).map(|_| like()).collect();
+                let inputs: Vec<&Tensor> = inputs.iter().collect();
+                gloo.run(call(Op::ReduceScatter(ReduceOp::Avg), kind, &inputs, &[&out])).unwrap();
+                assert_eq!(found(&out), expected);
+                assert_eq!(found(inputs[0]), values(&halves), "the input is not written to");
+            }
+        });
+    }
+}
+
+#[test]
 fn a_scatter_may_be_uneven_among_ranks_of_this_crate() {
     ranks(3, |rank, gloo| {
         for src in 0..3 {

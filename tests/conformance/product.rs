@@ -297,7 +297,7 @@ impl Setting<'_> {
     fn check(&self, what: &str, placed: &Placed, expected: &Tensor) -> std::result::Result<(), String> {
         let wanted = self.place(expected);
         let mut patience =
-            if self.case.form == Form::Dropped && !promises(self.group).ordered { 6000 } else { 0 };
+            if self.case.form == Form::Dropped && !promises(self.group).ordered { 50 } else { 0 };
         loop {
             if same(&placed.base, &wanted.base) {
                 return Ok(());

@@ -2,7 +2,7 @@
 
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll, Wake, Waker};
 use std::time::{Duration, Instant};
 
@@ -175,10 +175,20 @@ fn own_message(group: &ProcessGroup, device: Device) -> Result<()> {
     expect("irecv from oneself", &got, &mine)
 }
 
-/// Gives the device something to do for a while, and tells for how long it takes.
+/// Gives the device something to do for about a third of a second.
 fn keep_busy(device: Device) -> Tensor {
-    let a = Tensor::ones([4096, 4096], (Kind::Float, device)) * 1e-4;
-    (0..150).fold(a.shallow_clone(), |product, _| product.matmul(&a))
+    static PRODUCTS: OnceLock<usize> = OnceLock::new();
+    let a = Tensor::ones([2048, 2048], (Kind::Float, device)) * 1e-4;
+    let products = *PRODUCTS.get_or_init(|| {
+        drop(a.matmul(&a)); // the first time loads what multiplies
+        finished(device);
+        let start = Instant::now();
+        drop(a.matmul(&a));
+        finished(device);
+        // No more than a device takes without letting the host wait.
+        ((0.3 / start.elapsed().as_secs_f64()) as usize).clamp(1, 900)
+    });
+    (0..products).fold(a.shallow_clone(), |product, _| product.matmul(&a))
 }
 
 fn finished(device: Device) {
@@ -188,7 +198,7 @@ fn finished(device: Device) {
 }
 
 fn wait_orders(group: &ProcessGroup, device: Device) -> Result<()> {
-    drop(keep_busy(device)); // the first time loads what multiplies
+    drop(keep_busy(device)); // the first time finds out how much that is
     group.barrier()?;
     finished(device);
     let start = Instant::now();

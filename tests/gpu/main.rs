@@ -1,6 +1,6 @@
 //! What takes a GPU: checks of NCCL and of CUDA tensors, and what calls and steps cost there.
 //!
-//! `cargo test --features nccl --test gpu -- checks [RANKS]`, on a machine without cargo as `cargo xtask gpu-bundle`
+//! `cargo test --features nccl --test gpu -- checks [RANKS [NAME]]`, on a machine without cargo as `cargo xtask gpu-bundle`
 //! packs it. Not part of the ordinary tests: without a CUDA device nothing is run, and that is a failure.
 
 mod calls;
@@ -15,7 +15,7 @@ use std::time::Duration;
 use tch::{Cuda, Device};
 use tch_distributed as dist;
 
-const USAGE: &str = "usage: gpu checks [RANKS] | gpu timing";
+const USAGE: &str = "usage: gpu checks [RANKS [PART OF A NAME]] | gpu timing";
 
 /// The exit status where nothing could be run.
 const NOT_RUN: u8 = 3;
@@ -24,6 +24,7 @@ fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let ranks = words.get(1).map_or(Ok(1), |text| text.parse());
+    let part = words.get(2).copied().unwrap_or_default();
     let (what, Ok(ranks)) = (words.first().copied(), ranks) else {
         eprintln!("{USAGE}");
         return ExitCode::from(2);
@@ -37,7 +38,7 @@ fn main() -> ExitCode {
         return ExitCode::from(NOT_RUN);
     }
     let result = match what {
-        Some("checks") => dist::launch::local(ranks, checks_of_a_rank),
+        Some("checks") => dist::launch::local(ranks, || checks_of_a_rank(part)),
         Some("timing") => dist::launch::local(1, timing_of_a_rank),
         _ => {
             eprintln!("{USAGE}");
@@ -67,14 +68,14 @@ fn options() -> dist::Result<dist::InitOptions> {
     Ok(dist::InitOptions::new().timeout(Duration::from_secs(120)).device(device(local)))
 }
 
-/// Every check, one line each; an error when one failed.
-fn checks_of_a_rank() -> dist::Result<()> {
+/// Every check with this in its name, one line each; an error when one failed.
+fn checks_of_a_rank(part: &str) -> dist::Result<()> {
     let group = dist::init_process_group("cpu:native,cuda:nccl", options()?)?;
     let device = device(dist::local_rank()?);
     let mut failed = 0;
     let all = checks::ALL.iter().chain(training::ALL);
     for (name, least, check) in all.chain(failures::ALL) {
-        if group.size() < *least {
+        if group.size() < *least || !name.contains(part) {
             continue;
         }
         let result = check(&group, device);

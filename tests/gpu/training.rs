@@ -115,7 +115,9 @@ fn overlaps(group: &ProcessGroup, device: Device) -> Result<()> {
     for _ in 0..5 {
         profiler.step(&step)?;
     }
-    if let Some(report) = profiler.finish()? {
+    if let Some(report) = profiler.finish()?
+        && group.rank() == 0
+    {
         println!("{report}\ntrace: {}", file.display());
     }
     Ok(())

@@ -107,8 +107,9 @@ pub(super) fn combine(
         ReduceOp::Max => MAX,
         ReduceOp::PremulSum(f) if float || complex => {
             // libtorch up to 2.13 hands NCCL a factor of the wrong width with BFloat16: half of its bits, which for a
-            // power of two are all 0 (https://github.com/pytorch/pytorch/issues/190745).
-            if flavor == Flavor::Nccl && float && kind != BFloat16 {
+            // power of two are all 0 (https://github.com/pytorch/pytorch/issues/190745). A reduce-scatter of one rank it
+            // makes a copy, without the factor.
+            if flavor == Flavor::Nccl && float && kind != BFloat16 && size > 1 {
                 factor = f;
                 PREMUL_SUM
             } else {
@@ -206,7 +207,9 @@ mod tests {
                 "{kind:?}"
             );
         }
-        let combine = combine(Flavor::Nccl, ReduceOp::PremulSum(0.5), Kind::BFloat16, 2, true).unwrap();
-        assert_eq!((combine.how.op, combine.scale), (SUM, Some(0.5)));
+        for (kind, size) in [(Kind::BFloat16, 2), (Kind::Float, 1)] {
+            let combine = combine(Flavor::Nccl, ReduceOp::PremulSum(0.5), kind, size, true).unwrap();
+            assert_eq!((combine.how.op, combine.scale), (SUM, Some(0.5)), "{kind:?} of {size}");
+        }
     }
 }

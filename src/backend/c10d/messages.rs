@@ -212,20 +212,7 @@ impl Shared {
     /// Starts the messages as one operation, and what has to be written after it.
     fn exchange(&self, parts: &[(Direction, Tensor)], writes: Vec<WriteBack>) -> Told<Arc<Given>> {
         let Some(backend) = &self.backend else { return Err("the group is gone".to_owned()) };
-        let start = || {
-            backend.start_group()?;
-            let mut outcome = Ok(());
-            for (direction, flat) in parts {
-                let one = match *direction {
-                    Direction::Send { dst } => backend.send(flat, dst, 0),
-                    Direction::Recv { src } => backend.recv(flat, src, 0),
-                };
-                outcome = outcome.and(one.map(drop));
-            }
-            // Also where one was refused: what was started must be closed.
-            let work = backend.end_group();
-            outcome.and(work)
-        };
+        let start = || at_once(backend, parts);
         let side = match &self.side {
             Some(side) if !writes.is_empty() => side,
             _ => return Ok(Arc::new(Given { work: start()?, mark: None })),
@@ -248,6 +235,22 @@ impl Shared {
         let (print, text) = (String::new(), String::new());
         Failure { op, seq, print, elapsed: Duration::ZERO, text, suspect: None }
     }
+}
+
+/// Starts messages as one operation, which is all that NCCL's messages can be.
+pub(super) fn at_once(backend: &C10dBackend, parts: &[(Direction, Tensor)]) -> Told<C10dWork> {
+    backend.start_group()?;
+    let mut outcome = Ok(());
+    for (direction, flat) in parts {
+        let one = match *direction {
+            Direction::Send { dst } => backend.send(flat, dst, 0),
+            Direction::Recv { src } => backend.recv(flat, src, 0),
+        };
+        outcome = outcome.and(one.map(drop));
+    }
+    // Also where one was refused: what was started must be closed.
+    let work = backend.end_group();
+    outcome.and(work)
 }
 
 /// Gloo refuses a place of no bytes for a receive from any rank; a message may be shorter than its place.

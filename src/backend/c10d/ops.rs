@@ -4,7 +4,8 @@ use tch::{Device, Kind, Tensor};
 
 use super::combine::{Combine, Flavor, combine};
 use super::flat::{Written, bytes, padded, read, unpad, whole};
-use crate::backend::{Call, Op, Segment, segment_numel};
+use super::messages::at_once;
+use crate::backend::{Call, Direction, Op, Segment, segment_numel};
 use crate::libtorch::{C10dBackend, C10dWork, Told};
 use crate::{Error, ReduceOp, Result};
 
@@ -186,8 +187,8 @@ impl Site<'_> {
         })
     }
 
-    /// Other ranks than the root do not know whether all inputs are of one size. Where they are not, the
-    /// root alone pads: a message may be shorter than the place it is received in.
+    /// Other ranks than the root do not know whether all inputs are of one size. Where they are not, the root of Gloo's
+    /// pads, alone: a message may be shorter than the place it is received in.
     fn gather(&self, call: &Call<'_>, dst: usize) -> Result<Started, Refusal> {
         let input = self.read(call, 0)?;
         if self.rank != dst {
@@ -201,10 +202,10 @@ impl Site<'_> {
                 }),
             });
         }
-        let gathered = Gathered::new(self, call)?;
-        if gathered.padded && self.flavor == Flavor::Nccl {
-            return Err(self.unsupported("gather of tensors of different sizes".to_owned()).into());
+        if self.flavor == Flavor::Nccl && !even(&call.outputs) {
+            return self.gather_as_messages(call, &input);
         }
+        let gathered = Gathered::new(self, call)?;
         let input = bytes(&gathered.fit(&input)?)?;
         let work = told(self.backend.gather(&gathered.places()?, &input, dst, self.ms))?;
         Ok(Started {
@@ -216,8 +217,26 @@ impl Site<'_> {
         })
     }
 
-    /// Other ranks than the root do not know whether all are of one size. Among ranks of this crate it goes the way of an
-    /// all-to-all, which takes any; a scatter that Python takes part in must be even.
+    /// NCCL's gather is messages to the root, all at once. libtorch lets the root receive such of one size only.
+    fn gather_as_messages(&self, call: &Call<'_>, input: &Tensor) -> Result<Started, Refusal> {
+        let mut outs = (0..self.size).map(|i| self.write(call, i)).collect::<Result<Vec<_>>>()?;
+        outs[self.rank].flat.f_copy_(input)?;
+        let mut messages = Vec::new();
+        for src in (0..self.size).filter(|src| *src != self.rank) {
+            messages.push((Direction::Recv { src: Some(src) }, bytes(&outs[src].flat)?));
+        }
+        let work = told(at_once(self.backend, &messages))?;
+        Ok(Started {
+            work,
+            finish: Box::new(move || {
+                drop(messages);
+                outs.into_iter().try_for_each(Written::deliver)
+            }),
+        })
+    }
+
+    /// Other ranks than the root do not know whether all are of one size. Among ranks of this crate Gloo's goes the way of
+    /// an all-to-all, which takes any; one that Python takes part in must be even.
     fn scatter(&self, call: &Call<'_>, src: usize) -> Result<Started, Refusal> {
         if self.pure {
             return self.scatter_unevenly(call, src);
@@ -227,6 +246,9 @@ impl Site<'_> {
         if self.rank == src {
             let numel = segment_numel(&call.outputs[0]);
             if call.inputs.iter().any(|segment| segment_numel(segment) != numel) {
+                if self.flavor == Flavor::Nccl {
+                    return self.scatter_as_messages(call, out);
+                }
                 return Err(self.unsupported("scatter of tensors of different sizes".to_owned()).into());
             }
             for index in 0..self.size {
@@ -239,6 +261,23 @@ impl Site<'_> {
             out.deliver()
         });
         Ok(Started { work, finish })
+    }
+
+    /// NCCL's scatter is messages from the root, all at once. libtorch lets the root send such of one size only.
+    fn scatter_as_messages(&self, call: &Call<'_>, mut out: Written) -> Result<Started, Refusal> {
+        out.flat.f_copy_(&self.read(call, self.rank)?)?;
+        let mut messages = Vec::new();
+        for dst in (0..self.size).filter(|dst| *dst != self.rank) {
+            messages.push((Direction::Send { dst }, bytes(&self.read(call, dst)?)?));
+        }
+        let work = told(at_once(self.backend, &messages))?;
+        Ok(Started {
+            work,
+            finish: Box::new(move || {
+                drop(messages);
+                out.deliver()
+            }),
+        })
     }
 
     fn scatter_unevenly(&self, call: &Call<'_>, src: usize) -> Result<Started, Refusal> {

@@ -87,7 +87,7 @@ pub fn assert_no_failures(failures: &[(Case, String)], backend: &str, size: usiz
 /// Runs every named case for which the world is large enough, each in a world of its own; tells which
 /// one failed. Cases about failures only where the backend promises to name the rank and the reason.
 pub fn run_cases(backend: &str, size: usize, failures: bool) -> usize {
-    let list: Vec<_> = cases::all(failures).into_iter().filter(|case| case.ranks <= size).collect();
+    let list = cases::of(backend, size, failures);
     for case in &list {
         let outcome = catch_unwind(AssertUnwindSafe(|| world(backend, size, |group| (case.body)(&group))));
         if let Err(panic) = outcome {
@@ -113,7 +113,7 @@ pub fn run_in_process(backend: &str, failures: bool) {
 pub fn run_cases_on(group: &ProcessGroup, failures: bool) -> usize {
     let size = group.size();
     let all: Vec<usize> = (0..size).collect();
-    let list: Vec<_> = cases::all(failures).into_iter().filter(|case| case.ranks <= size).collect();
+    let list = cases::of(&group.backend_name(), size, failures);
     for case in &list {
         // Printed by the harness only where a case fails.
         println!("case {}", case.name);

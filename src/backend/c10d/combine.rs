@@ -54,6 +54,8 @@ enum After {
     Divide(f64),
     /// Any byte but 0 is true.
     Truth,
+    /// An odd byte is true.
+    Parity,
 }
 
 /// How to combine elements of a kind, or what the engine cannot do, in words. `pure`: every rank does as this says.
@@ -119,6 +121,11 @@ pub(super) fn combine(
         }
         ReduceOp::BitOr if kind == Bool => MAX,
         ReduceOp::BitAnd if kind == Bool => MIN,
+        // How many are true, but for 256 of them; of bytes that wrap too, the lowest bit says whether it is odd.
+        ReduceOp::BitXor if kind == Bool && flavor == Flavor::Nccl => {
+            after = After::Parity;
+            SUM
+        }
         ReduceOp::BitAnd | ReduceOp::BitOr | ReduceOp::BitXor if flavor == Flavor::Nccl => return cannot(),
         ReduceOp::BitAnd if integer => BIT_AND,
         ReduceOp::BitOr if integer => BIT_OR,
@@ -177,6 +184,9 @@ impl Combine {
                     }
                     _ => result.f_div_(&by)?,
                 };
+            }
+            After::Parity => {
+                let _ = result.f_bitwise_and_(1)?;
             }
             After::Truth => {
                 let truth = result.f_to_kind(Kind::Bool)?;

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use once_cell::sync::OnceCell;
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use tch::{Device, Kind, Tensor};
 
@@ -69,6 +70,8 @@ pub(super) struct Shared {
     /// NCCL's: where copies before and after an operation go, beside the program's own stream.
     pub(super) side: Option<Mutex<SideStream>>,
     lookout: Arc<Lookout>,
+    /// Set once all ranks connect, or have: see [`Shared::meet`].
+    met: OnceCell<()>,
     /// Whether NCCL was aborted. Its kernels then end as if they had worked.
     pub(super) broken: AtomicBool,
     /// Whether NCCL's communicators have been freed.
@@ -127,8 +130,20 @@ impl Engine {
         Self::new(Flavor::Gloo, backend, Device::Cpu, witness, pure, None)
     }
 
-    pub(super) fn nccl(backend: C10dBackend, device: usize, side: SideStream, witness: Witness) -> Self {
-        Self::new(Flavor::Nccl, backend, Device::Cuda(device), witness, false, Some(Mutex::new(side)))
+    /// `connected`: the ranks are, and need not meet before the first operation.
+    pub(super) fn nccl(
+        backend: C10dBackend,
+        device: usize,
+        side: SideStream,
+        witness: Witness,
+        connected: bool,
+    ) -> Self {
+        let side = Some(Mutex::new(side));
+        let engine = Self::new(Flavor::Nccl, backend, Device::Cuda(device), witness, false, side);
+        if connected {
+            engine.0.met.get_or_init(|| ());
+        }
+        engine
     }
 
     pub(super) fn is_nccl(&self) -> bool {
@@ -171,6 +186,7 @@ impl Engine {
             at_work: Mutex::default(),
             asking: AtomicBool::new(false),
             side,
+            met: OnceCell::new(),
             lookout: Arc::default(),
             broken: AtomicBool::new(false),
             left: AtomicBool::new(false),
@@ -235,9 +251,10 @@ impl CollectiveBackend for Engine {
             pure: shared.pure,
             ms: millis(call.timeout),
         };
+        let met = shared.meet(call.timeout);
         let mut order = shared.order.lock();
         let seq = *order + 1;
-        let started = shared.start(&site, &call, &mut done);
+        let started = met.map_err(Refusal::Told).and_then(|()| shared.start(&site, &call, &mut done));
         if !matches!(started, Err(Refusal::Error(_))) {
             *order = seq;
         }
@@ -377,6 +394,17 @@ impl Shared {
     fn device_of(&self, call: &Call<'_>) -> Device {
         let first = call.inputs.iter().chain(&call.outputs).flatten().next();
         first.map_or(self.device, |buffer| buffer.tensor().device())
+    }
+
+    /// NCCL's ranks connect with the first operation, if not before. There libtorch waits for all of them, for good; so
+    /// they meet in the store first, where one that does not come is missed in time.
+    pub(super) fn meet(&self, timeout: Duration) -> Told<()> {
+        let over = || self.cause().is_some() || self.witness.is_over();
+        let met = || match self.flavor == Flavor::Nccl && self.witness.size > 1 {
+            true => self.witness.meet(timeout, over),
+            false => Ok(()),
+        };
+        self.met.get_or_try_init(met).map(|_| ())
     }
 
     /// Starts a collective. On a device, copies that go with it, the user's own outputs' too, go to a stream beside the

@@ -2,7 +2,7 @@
 //! to blame, the ranks find out through the store, where each that fails says how far it was.
 //!
 //! Keys, under the group's own: `tchd/here/RANK` from a rank of this crate when it joins (Python ranks set
-//! none), `tchd/connected/RANK` when it has, `tchd/left/RANK` when it leaves in good order, `tchd/failed/RANK` with its
+//! none), `tchd/begun/RANK` when it comes to its first operation on NCCL, `tchd/connected/RANK` when it has, `tchd/left/RANK` when it leaves in good order, `tchd/failed/RANK` with its
 //! [`Status`] from a rank that fails, and then `tchd/over`, `tchd/cause` from the first that aborts.
 
 use std::io;
@@ -124,6 +124,29 @@ impl Witness {
             {
                 thread::sleep(Duration::from_millis(5));
             }
+        }
+    }
+
+    /// Waits until the other ranks of this crate have come to their first operation too, or it is over. Of ranks that are
+    /// not here nothing can be known: those of Python say nothing.
+    pub(super) fn meet(&self, timeout: Duration, over: impl Fn() -> bool) -> Result<(), String> {
+        let started = Instant::now();
+        let told = |error: Error| error.to_string();
+        self.store.set(&format!("tchd/begun/{}", self.rank), b"1").map_err(told)?;
+        let mut pause = Duration::from_millis(1);
+        loop {
+            let absent = self.absent();
+            if self.without("begun").iter().all(|rank| absent.contains(rank)) {
+                return Ok(());
+            }
+            if over() {
+                return Err("the group was aborted".to_owned());
+            }
+            if started.elapsed() > timeout {
+                return Err("timed out: not all ranks came to the first operation of the group".to_owned());
+            }
+            thread::sleep(pause);
+            pause = (pause * 2).min(Duration::from_millis(50));
         }
     }
 

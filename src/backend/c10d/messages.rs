@@ -179,9 +179,11 @@ impl Shared {
             dones.push((transfer.done, source));
             keep.push((transfer.buffer, flat));
         }
+        let met = self.meet(Duration::from_millis(ms.unsigned_abs()));
         let (failure, started) = {
             let order = self.order.lock();
-            (self.failure_at("batch of messages".to_owned(), *order), self.exchange(&parts, writes))
+            let started = met.and_then(|()| self.exchange(&parts, writes));
+            (self.failure_at("batch of messages".to_owned(), *order), started)
         };
         if let Ok(given) = &started {
             for (done, source) in &dones {

@@ -73,7 +73,7 @@ pub(crate) fn create(context: BackendContext, placement: Placement) -> Result<Ar
         reason: format!("nccl could not be made for group {group_name} on cuda device {device}: {text}"),
     })?;
     witness.settle()?;
-    Ok(Arc::new(Engine::nccl(backend, device, side, witness)))
+    Ok(Arc::new(Engine::nccl(backend, device, side, witness, plan.eager)))
 }
 
 /// Whether a group's backend has a communicator of NCCL, which can be split.
@@ -112,7 +112,7 @@ pub(crate) fn split(
     let device = placement.cuda();
     let side = SideStream::new(device, plan.high_priority).map_err(not_split)?;
     witness.settle()?;
-    Ok(Arc::new(Engine::nccl(backend, device, side, witness)))
+    Ok(Arc::new(Engine::nccl(backend, device, side, witness, true)))
 }
 
 /// This rank's part in the split for a group that it is not in.

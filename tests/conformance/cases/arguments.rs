@@ -273,9 +273,8 @@ fn a_refused_batch_starts_none_of_its_messages(group: &ProcessGroup) {
         .batch_isend_irecv(vec![P2pOp::send(&ghost, (me + 1) % n, 9), P2pOp::send(&ghost, n, 9)])
         .unwrap_err();
     assert!(group.batch_isend_irecv(Vec::new()).unwrap().is_empty());
-    let sent = group.isend(&numbers(&[me as i64]), (me + 1) % n, 9).unwrap();
-    let mut got = room(1);
-    group.recv(&mut got, (me + n - 1) % n, 9).unwrap();
-    sent.wait().unwrap();
+    let (mine, got) = (numbers(&[me as i64]), room(1));
+    let ops = vec![P2pOp::send(&mine, (me + 1) % n, 9), P2pOp::recv(&got, (me + n - 1) % n, 9)];
+    group.batch_isend_irecv(ops).unwrap().iter().for_each(|work| work.wait().unwrap());
     assert_eq!(read(&got), [((me + n - 1) % n) as i64]);
 }

@@ -7,15 +7,17 @@ use super::{list, numbers, read, room};
 
 list! {
     2 messages_of_one_tag_arrive_in_order;
+    1 a_message_to_oneself_arrives;
+    2 all_pairs_at_once_do_not_deadlock_in_any_order;
+    2 a_strided_receive_is_filled_in_place;
+    2 large_messages_both_ways_at_once_do_not_deadlock;
+
+    free messages:
     2 tags_keep_messages_apart_whatever_their_order;
     2 a_receive_from_anybody_tells_who_sent;
     2 a_receive_may_be_posted_before_or_after_its_send;
-    1 a_message_to_oneself_arrives;
-    2 all_pairs_at_once_do_not_deadlock_in_any_order;
     2 messages_and_collectives_do_not_disturb_each_other;
-    2 a_strided_receive_is_filled_in_place;
     2 hundreds_of_messages_may_be_outstanding;
-    2 large_messages_both_ways_at_once_do_not_deadlock;
 }
 
 fn messages_of_one_tag_arrive_in_order(group: &ProcessGroup) {

@@ -17,20 +17,24 @@ pub struct NamedCase {
     pub name: &'static str,
     /// The smallest world in which it says something.
     pub ranks: usize,
+    /// Whether its messages are matched by source and tag, or with anybody, outside the order of other operations.
+    pub free_messages: bool,
     pub body: fn(&ProcessGroup),
 }
 
-/// `name (ranks): body` for each function.
+/// The smallest world and the name of each; then of those with free messages.
 macro_rules! list {
-    ($($ranks:literal $name:ident;)*) => {
-        pub(super) const CASES: &[super::NamedCase] =
-            &[$(super::NamedCase { name: stringify!($name), ranks: $ranks, body: $name }),*];
+    ($($ranks:literal $name:ident;)* $(free messages: $($least:literal $free:ident;)*)?) => {
+        pub(super) const CASES: &[super::NamedCase] = &[
+            $(super::NamedCase { name: stringify!($name), ranks: $ranks, free_messages: false, body: $name },)*
+            $($(super::NamedCase { name: stringify!($free), ranks: $least, free_messages: true, body: $free },)*)?
+        ];
     };
 }
 use list;
 
-/// All of them; those about failures only if asked for.
-pub fn all(failures: bool) -> Vec<&'static NamedCase> {
+/// Those for a backend and a world of this size; those about failures only if asked for.
+pub fn of(backend: &str, size: usize, failures: bool) -> Vec<&'static NamedCase> {
     let about_failures = if failures { failures::CASES } else { &[] };
     [
         arguments::CASES,
@@ -45,7 +49,14 @@ pub fn all(failures: bool) -> Vec<&'static NamedCase> {
     ]
     .into_iter()
     .flatten()
+    // NCCL matches messages by their order, which is one with that of collectives.
+    .filter(|case| case.ranks <= size && !(case.free_messages && backend == "nccl"))
     .collect()
+}
+
+/// Whether libtorch's engine does what this suite sees, and how it rounds and orders is its own affair.
+pub fn is_libtorchs(group: &ProcessGroup) -> bool {
+    ["gloo", "nccl"].contains(&group.backend_name().as_str())
 }
 
 /// A tensor of whole numbers.

@@ -11,9 +11,11 @@ list! {
     1 any_serde_type_goes_round;
     1 objects_may_be_empty_or_large_and_of_different_sizes;
     2 an_object_of_another_type_is_an_error_and_the_group_goes_on;
-    2 objects_go_point_to_point_and_from_anybody;
     1 each_rank_gets_its_own_object_of_a_scattered_list;
     1 objects_are_gathered_on_one_rank;
+
+    free messages:
+    2 objects_go_point_to_point_and_from_anybody;
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -93,7 +93,7 @@ fn messages_within_a_subgroup_name_its_ranks(group: &ProcessGroup) {
         0 => inner.send(&numbers(&[group.rank() as i64]), 1, 0).unwrap(),
         1 => {
             let mut t = room(1);
-            assert_eq!(inner.recv(&mut t, None, 0).unwrap(), 0, "a rank of the group");
+            assert_eq!(inner.recv(&mut t, 0, 0).unwrap(), 0, "a rank of the group");
             assert_eq!(read(&t), [inner.ranks()[0] as i64]);
         }
         _ => {}

@@ -16,7 +16,8 @@ pub(crate) const ABOUT: &str =
     "Put Rust and PyTorch ranks into one world, and the digits example under torchrun, mpirun and Slurm's
 variables (installs PyTorch, 5 GB; wants Open MPI's mpirun)";
 
-const TORCH: &str = "torch==2.13.0";
+/// PyTorch's, and of what is in its environment.
+pub(crate) const VERSION: &str = "2.13.0";
 
 pub(crate) fn run(_arguments: &[String]) -> Result<()> {
     setup::ensure()?;
@@ -39,7 +40,7 @@ pub(crate) fn run(_arguments: &[String]) -> Result<()> {
     for languages in ["pr", "rp"] {
         tell(languages, "torchrun", under_torchrun(languages, &python, &rust))?;
     }
-    println!("{worlds} worlds shared by Rust and {TORCH}");
+    println!("{worlds} worlds shared by Rust and PyTorch {VERSION}");
     let folder = target().join("interop");
     let bin = python.parent().context("python is in a folder")?;
     launchers::run(&built("train_digits")?, bin, &folder)
@@ -52,8 +53,9 @@ fn built(example: &str) -> Result<PathBuf> {
 }
 
 /// A Python with PyTorch, in an environment of its own in the cache.
-fn python() -> Result<PathBuf> {
-    let folder = cache::folder()?.join("interop-torch-2.13.0");
+pub(crate) fn python() -> Result<PathBuf> {
+    let folder = cache::folder()?.join(format!("interop-torch-{VERSION}"));
+    let requirement = format!("torch=={VERSION}");
     let python = folder.join("bin/python");
     let works = |python: &Path| {
         let status = Command::new(python).args(["-c", "import torch"]).stderr(Stdio::null()).status();
@@ -62,19 +64,19 @@ fn python() -> Result<PathBuf> {
     if works(&python) {
         return Ok(python);
     }
-    println!("installing {TORCH} into {}", folder.display());
+    println!("installing {requirement} into {}", folder.display());
     let made = Command::new("python3").args(["-m", "venv"]).arg(&folder).status();
     ensure!(
         made.context("python3 does not start")?.success(),
         "python3 -m venv failed (is python3-venv there?)"
     );
     let status =
-        Command::new(folder.join("bin/pip")).args(["install", "--quiet", TORCH, "numpy"]).status()?;
-    ensure!(status.success() && works(&python), "pip could not install {TORCH}");
+        Command::new(folder.join("bin/pip")).args(["install", "--quiet", &requirement, "numpy"]).status()?;
+    ensure!(status.success() && works(&python), "pip could not install {requirement}");
     Ok(python)
 }
 
-fn target() -> PathBuf {
+pub(crate) fn target() -> PathBuf {
     env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from)
 }
 

@@ -10,6 +10,7 @@ mod conformance;
 mod crew;
 mod demo;
 mod gpu_bundle;
+mod gpu_simulated;
 mod hosts;
 mod interop;
 mod launchers;
@@ -49,6 +50,7 @@ const COMMANDS: &[Command] = &[
     Command { name: "soak", about: soak::ABOUT, run: soak::run },
     Command { name: "sanitize", about: sanitize::ABOUT, run: sanitize::run },
     Command { name: "gpu-bundle", about: gpu_bundle::ABOUT, run: gpu_bundle::run },
+    Command { name: "gpu-simulated", about: gpu_simulated::ABOUT, run: gpu_simulated::run },
     Command { name: "ci", about: ci::ABOUT, run: ci::run },
 ];
 

@@ -251,6 +251,7 @@ impl CollectiveBackend for Engine {
             pure: shared.pure,
             ms: millis(call.timeout),
         };
+        let asked = Instant::now();
         let met = shared.meet(call.timeout);
         let mut order = shared.order.lock();
         let seq = *order + 1;
@@ -292,7 +293,9 @@ impl CollectiveBackend for Engine {
                 shared.look_after(Charge { underway, given, keep, failure, start, ms, done });
             }
             Err(Refusal::Error(error)) => done.complete(Err(error)),
-            Err(Refusal::Told(text)) => shared.failed(Failure { text, ..failure }, done),
+            Err(Refusal::Told(text)) => {
+                shared.failed(Failure { text, elapsed: asked.elapsed(), ..failure }, done);
+            }
         }
     }
 

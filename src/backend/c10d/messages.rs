@@ -179,6 +179,7 @@ impl Shared {
             dones.push((transfer.done, source));
             keep.push((transfer.buffer, flat));
         }
+        let asked = Instant::now();
         let met = self.meet(Duration::from_millis(ms.unsigned_abs()));
         let (failure, started) = {
             let order = self.order.lock();
@@ -207,7 +208,7 @@ impl Shared {
                 let (underway, start) = (self.begin(), Instant::now());
                 self.look_after(Charge { underway, given, keep, failure, start, ms, done: all });
             }
-            Err(text) => self.failed(Failure { text, ..failure }, all),
+            Err(text) => self.failed(Failure { text, elapsed: asked.elapsed(), ..failure }, all),
         }
     }
 

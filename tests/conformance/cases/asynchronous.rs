@@ -23,7 +23,7 @@ list! {
     2 works_may_be_waited_for_in_any_order;
     1 several_collectives_start_as_one;
 
-    free messages:
+    free order:
     2 waiting_for_a_time_does_not_end_the_operation;
 }
 

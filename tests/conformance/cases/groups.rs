@@ -12,7 +12,6 @@ list! {
     2 ranks_outside_a_group_get_none;
     1 names_are_counted_as_pytorch_counts_them;
     2 rank_arguments_are_ranks_within_the_group;
-    3 overlapping_groups_may_be_used_in_different_orders;
     2 groups_may_be_used_from_several_threads_at_once;
     1 a_group_outlives_the_group_it_was_made_from;
     2 subgroups_cut_the_group_into_equal_parts;
@@ -24,6 +23,9 @@ list! {
     2 a_destroyed_group_refuses_calls_and_the_world_goes_on;
     1 aborting_a_group_poisons_it_and_no_other;
     2 monitored_barriers_pass_when_all_come;
+
+    free order:
+    3 overlapping_groups_may_be_used_in_different_orders;
 }
 
 fn sum(group: &ProcessGroup, value: i64) -> i64 {

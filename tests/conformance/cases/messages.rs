@@ -12,7 +12,7 @@ list! {
     2 a_strided_receive_is_filled_in_place;
     2 large_messages_both_ways_at_once_do_not_deadlock;
 
-    free messages:
+    free order:
     2 tags_keep_messages_apart_whatever_their_order;
     2 a_receive_from_anybody_tells_who_sent;
     2 a_receive_may_be_posted_before_or_after_its_send;

@@ -17,17 +17,18 @@ pub struct NamedCase {
     pub name: &'static str,
     /// The smallest world in which it says something.
     pub ranks: usize,
-    /// Whether its messages are matched by source and tag, or with anybody, outside the order of other operations.
-    pub free_messages: bool,
+    /// Whether operations come in different orders on different ranks: messages matched by tag or with anybody, groups that
+    /// overlap.
+    pub free_order: bool,
     pub body: fn(&ProcessGroup),
 }
 
-/// The smallest world and the name of each; then of those with free messages.
+/// The smallest world and the name of each; then of those in which the order is free.
 macro_rules! list {
-    ($($ranks:literal $name:ident;)* $(free messages: $($least:literal $free:ident;)*)?) => {
+    ($($ranks:literal $name:ident;)* $(free order: $($least:literal $free:ident;)*)?) => {
         pub(super) const CASES: &[super::NamedCase] = &[
-            $(super::NamedCase { name: stringify!($name), ranks: $ranks, free_messages: false, body: $name },)*
-            $($(super::NamedCase { name: stringify!($free), ranks: $least, free_messages: true, body: $free },)*)?
+            $(super::NamedCase { name: stringify!($name), ranks: $ranks, free_order: false, body: $name },)*
+            $($(super::NamedCase { name: stringify!($free), ranks: $least, free_order: true, body: $free },)*)?
         ];
     };
 }
@@ -49,8 +50,8 @@ pub fn of(backend: &str, size: usize, failures: bool) -> Vec<&'static NamedCase>
     ]
     .into_iter()
     .flatten()
-    // NCCL matches messages by their order, which is one with that of collectives.
-    .filter(|case| case.ranks <= size && !(case.free_messages && backend == "nccl"))
+    // What NCCL does, messages too, it does in the order in which a rank asked for it, and waits there for the others.
+    .filter(|case| case.ranks <= size && !(case.free_order && backend == "nccl"))
     .collect()
 }
 

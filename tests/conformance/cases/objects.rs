@@ -14,7 +14,7 @@ list! {
     1 each_rank_gets_its_own_object_of_a_scattered_list;
     1 objects_are_gathered_on_one_rank;
 
-    free messages:
+    free order:
     2 objects_go_point_to_point_and_from_anybody;
 }
 

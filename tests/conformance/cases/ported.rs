@@ -89,6 +89,7 @@ fn messages_within_a_subgroup_name_its_ranks(group: &ProcessGroup) {
     if inner.size() < 2 {
         return;
     }
+    inner.barrier().unwrap(); // NCCL's first operation is one for all ranks
     match inner.rank() {
         0 => inner.send(&numbers(&[group.rank() as i64]), 1, 0).unwrap(),
         1 => {

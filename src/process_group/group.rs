@@ -4,7 +4,10 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tch::Device;
+
 use super::state::Inner;
+use crate::backend::has_communicator;
 use crate::profile::GroupInstrument;
 use crate::{Error, Result};
 
@@ -134,6 +137,11 @@ impl ProcessGroup {
         Ok(())
     }
 
+    /// Whether messages between tensors on a device are matched by their order alone, and wait there for one another.
+    pub(crate) fn orders_messages(&self, device: Device) -> bool {
+        device.is_cuda() && self.inner.backends.cuda.as_deref().is_some_and(has_communicator)
+    }
+
     /// Whether calls may be made: it has not failed, and has not been destroyed.
     pub(crate) fn is_well(&self) -> bool {
         self.inner.usable().is_ok()
@@ -144,6 +152,11 @@ impl ProcessGroup {
         if self.inner.abortable().is_ok() {
             self.inner.abort(Arc::new(cause));
         }
+    }
+
+    /// Ends the group because this rank failed elsewhere, in its step. `words` tell the others of it.
+    pub(crate) fn abort_after(&self, words: &str) {
+        self.abort_because(failed_in_its_step(self.rank(), words));
     }
 
     /// Leaves this group in good order: waits for what is pending and checks that every rank made as
@@ -192,8 +205,7 @@ impl ProcessGroup {
             let common = group.ranks.iter().filter(|rank| self.inner.ranks.contains(rank)).count();
             let is_axis = (2..universe.world_size).contains(&group.ranks.len());
             if common == 1 && is_axis && group.abortable().is_ok() {
-                let (op, source) = ("its step".to_owned(), Some(std::io::Error::other(words.to_owned())));
-                group.abort(Arc::new(Error::PeerLost { rank: group.rank, op, source }));
+                group.abort(Arc::new(failed_in_its_step(group.rank, words)));
             }
         }
     }
@@ -202,6 +214,11 @@ impl ProcessGroup {
         let size = self.size();
         if rank < size { Ok(()) } else { Err(Error::RankOutOfRange { rank, size }) }
     }
+}
+
+fn failed_in_its_step(rank: usize, words: &str) -> Error {
+    let source = Some(std::io::Error::other(words.to_owned()));
+    Error::PeerLost { rank, op: "its step".to_owned(), source }
 }
 
 impl fmt::Debug for ProcessGroup {

@@ -7,6 +7,7 @@ mod calls;
 mod checks;
 mod failures;
 mod models;
+mod models_apart;
 mod training;
 
 use std::process::ExitCode;
@@ -73,7 +74,7 @@ fn checks_of_a_rank(part: &str) -> dist::Result<()> {
     let group = dist::init_process_group("cpu:native,cuda:nccl", options()?)?;
     let device = device(dist::local_rank()?);
     let mut failed = 0;
-    let all = checks::ALL.iter().chain(training::ALL);
+    let all = checks::ALL.iter().chain(training::ALL).chain(models_apart::ALL);
     for (name, least, check) in all.chain(failures::ALL) {
         if group.size() < *least || !name.contains(part) {
             continue;

@@ -72,6 +72,9 @@ impl Pipeline {
     /// Does what the plan says, one action after another. The first failure ends the pipeline on all ranks.
     pub(super) fn execute(&self, plan: &Plan, mut run: Run<'_>) -> Result<(Vec<Tensor>, Vec<Vec<Tensor>>)> {
         let mut wire = self.wire.borrow_mut();
+        if let Err(error) = wire.open(plan) {
+            return Err(self.end(&mut wire, "beginning of its first step", error));
+        }
         run.stats.start = now();
         let actions = plan.actions(self.group.rank());
         for (i, &action) in actions.iter().enumerate() {
@@ -79,7 +82,10 @@ impl Pipeline {
             let pass = if action.pass == Pass::Forward { "forward" } else { "backward" };
             let _span =
                 tracing::trace_span!(target: "tch_distributed", "pass", pass, stage, micro_batch).entered();
-            let done = self.expect_next(&mut wire, &run, actions.get(i + 1).copied()).and_then(|()| {
+            // In the order of the plan: this action's tensors before the next one's.
+            let due = [Some(action), actions.get(i + 1).copied()];
+            let expected = due.into_iter().flatten().try_for_each(|due| self.expect(&mut wire, &run, due));
+            let done = expected.and_then(|()| {
                 if action.pass == Pass::Forward {
                     return self.forward_one(&mut wire, &mut run, action);
                 }
@@ -90,15 +96,12 @@ impl Pipeline {
                 self.backward_one(&mut wire, &mut run, action)
             });
             if let Err(error) = done {
-                *wire = wire.again(self.device);
-                return Err(self.failed(&action.to_string(), error));
+                return Err(self.end(&mut wire, &action.to_string(), error));
             }
         }
         if let Err(error) = wire.settle(true) {
-            *wire = wire.again(self.device);
-            return Err(
-                self.failed(&format!("last sends of stage {}", self.stages_of(self.group.rank())), error)
-            );
+            let doing = format!("last sends of stage {}", self.stages_of(self.group.rank()));
+            return Err(self.end(&mut wire, &doing, error));
         }
         run.stats.end = now();
         run.stats.bytes_sent = wire.take_bytes_sent();
@@ -106,13 +109,20 @@ impl Pipeline {
         Ok((run.losses, run.outputs))
     }
 
+    /// Ends the pipeline everywhere, and what is under way.
+    fn end(&self, wire: &mut Wire, doing: &str, error: Error) -> Error {
+        let error = self.failed(doing, error);
+        wire.give_up(&error.to_string());
+        error
+    }
+
     fn rank_of(&self, stage: usize) -> usize {
         stage % self.group.size()
     }
 
-    /// Lets the next action's tensors come in already, where it is known what they look like.
-    fn expect_next(&self, wire: &mut Wire, run: &Run<'_>, next: Option<Action>) -> Result<()> {
-        let Some(Action { pass, stage, micro_batch }) = next else { return Ok(()) };
+    /// Lets an action's tensors come in already, where it is known what they look like.
+    fn expect(&self, wire: &mut Wire, run: &Run<'_>, action: Action) -> Result<()> {
+        let Action { pass, stage, micro_batch } = action;
         let backward = pass != Pass::Forward;
         let key = Key { backward, stage, micro_batch };
         let src = match backward {

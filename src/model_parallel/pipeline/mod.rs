@@ -15,6 +15,7 @@
 mod batch;
 mod execute;
 mod failure;
+mod lanes;
 mod picture;
 mod plan;
 mod run;

@@ -83,8 +83,7 @@ impl Tie {
 
     /// The pipeline failed on this rank: nobody shall wait for it here. `words` tell the others of it.
     pub(super) fn give_up(&self, words: &str) {
-        let (op, source) = ("its step".to_owned(), Some(std::io::Error::other(words.to_owned())));
-        self.group.abort_because(Error::PeerLost { rank: self.group.rank(), op, source });
+        self.group.abort_after(words);
     }
 
     /// The rank that was lost, as the pipeline counts.

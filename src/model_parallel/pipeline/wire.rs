@@ -11,6 +11,8 @@ use std::collections::HashMap;
 
 use tch::{Device, Kind, Tensor};
 
+use super::Plan;
+use super::lanes::Lanes;
 use crate::process_group::Work;
 use crate::{Error, ProcessGroup, Result};
 
@@ -74,6 +76,8 @@ struct Coming {
 /// One rank's end of the pipe.
 pub(super) struct Wire {
     group: ProcessGroup,
+    /// Made at the first use.
+    lanes: Option<Lanes>,
     device: Device,
     micro_batches: usize,
     coming: HashMap<Key, Coming>,
@@ -87,6 +91,7 @@ impl Wire {
     pub(super) fn new(group: &ProcessGroup, device: Device, micro_batches: usize, fixed: bool) -> Self {
         Self {
             group: group.clone(),
+            lanes: None,
             device,
             micro_batches,
             coming: HashMap::new(),
@@ -99,6 +104,34 @@ impl Wire {
     /// The same with nothing under way.
     pub(super) fn again(&self, device: Device) -> Self {
         Self::new(&self.group, device, self.micro_batches, self.agreed.is_some())
+    }
+
+    /// Makes the ways to the other ranks, if they are not there. Every rank of the group calls it.
+    pub(super) fn open(&mut self, plan: &Plan) -> Result<()> {
+        if self.lanes.is_none() {
+            self.lanes = Some(Lanes::open(&self.group, plan, self.device)?);
+        }
+        Ok(())
+    }
+
+    /// The pipeline failed on this rank: nobody shall wait for it. `words` tell the others of it.
+    pub(super) fn give_up(&mut self, words: &str) {
+        if let Some(lanes) = self.lanes.take() {
+            lanes.give_up(words);
+        }
+        *self = self.again(self.device);
+    }
+
+    fn lanes(&self) -> Result<&Lanes> {
+        self.lanes.as_ref().ok_or(Error::Aborted)
+    }
+
+    fn isend(&self, tensor: &Tensor, dst: usize, key: Key, slot: usize) -> Result<Work> {
+        self.lanes()?.isend(tensor, dst, key.backward, key.tag(self.micro_batches, slot))
+    }
+
+    fn irecv(&self, tensor: &Tensor, src: usize, key: Key, slot: usize) -> Result<Work> {
+        self.lanes()?.irecv(tensor, src, key.backward, key.tag(self.micro_batches, slot))
     }
 
     /// Sends a stage's outputs on to the next stage.
@@ -122,7 +155,7 @@ impl Wire {
             }
             None => {
                 let header = header(looks)?.f_to_device(self.device)?;
-                self.going.push(self.group.isend(&header, dst, key.tag(self.micro_batches, 0))?);
+                self.going.push(self.isend(&header, dst, key, 0)?);
                 if let Some(agreed) = &mut self.agreed
                     && key.micro_batch + 1 == self.micro_batches
                 {
@@ -138,7 +171,7 @@ impl Wire {
         for (slot, tensor) in tensors.iter().enumerate() {
             let tensor = tensor.f_detach()?.f_contiguous()?;
             self.bytes_sent += tensor.numel() * tensor.kind().elt_size_in_bytes();
-            self.going.push(self.group.isend(&tensor, dst, key.tag(self.micro_batches, slot + 1))?);
+            self.going.push(self.isend(&tensor, dst, key, slot + 1)?);
         }
         self.settle(false)
     }
@@ -149,8 +182,9 @@ impl Wire {
         let looks = match known {
             Some(known) => known,
             None => {
-                let mut numbers = Tensor::f_zeros([HEADER as i64], (Kind::Int64, self.device))?;
-                self.group.recv(&mut numbers, src, key.tag(self.micro_batches, 0))?;
+                let numbers = Tensor::f_zeros([HEADER as i64], (Kind::Int64, self.device))?;
+                let work = self.irecv(&numbers, src, key, 0)?;
+                self.lanes()?.wait(&work, src, key.backward)?;
                 let looks = read_header(&Vec::<i64>::try_from(numbers)?)?;
                 if let Some(agreed) = &mut self.agreed
                     && key.micro_batch + 1 == self.micro_batches
@@ -182,7 +216,7 @@ impl Wire {
         let works = tensors
             .iter()
             .enumerate()
-            .map(|(slot, t)| self.group.irecv(t, src, key.tag(self.micro_batches, slot + 1)))
+            .map(|(slot, t)| self.irecv(t, src, key, slot + 1))
             .collect::<Result<Vec<_>>>()?;
         self.coming.insert(key, Coming { tensors, looks: looks.to_vec(), works });
         Ok(())

@@ -1,6 +1,7 @@
 //! The one room of unsafe FFI: a Rust face and C++ side by side, one pair of files a subject.
 
 mod c10d;
+mod ending;
 mod facts;
 mod function;
 mod generator;
@@ -12,6 +13,7 @@ mod streams;
 mod tensor;
 
 pub(crate) use c10d::{C10dBackend, C10dMember, C10dReduce, C10dWork, NcclPlan, Told, why_no_nccl};
+pub(crate) use ending::unless_ending;
 pub(crate) use facts::{Facts, NoFacts, facts};
 pub(crate) use function::{Forward, RawFunction, apply_function, grad_enabled};
 pub(crate) use generator::RawGenerator;

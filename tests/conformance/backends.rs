@@ -1,7 +1,8 @@
 //! The README's table of what each backend can do, made from what the suite sees: every operation on every kind, on two
 //! ranks, works (against the model) or is `Unsupported`.
 //!
-//! `cargo xtask conformance --table` writes it into the README; the test here says when it is out of date.
+//! `cargo xtask conformance --table` writes it into the README; the test here says when it is out of date. What NCCL can
+//! do `cargo xtask gpu-simulated` has seen and kept (`tests/fixtures/nccl_kinds.txt`).
 
 use std::fmt::Write;
 use std::path::Path;
@@ -20,8 +21,11 @@ const WRITE: &str = "TCHD_CONFORMANCE_WRITE_TABLE";
 
 const BACKENDS: [&str; 2] = ["native", "gloo"];
 
+/// What the suite saw of NCCL: [`record`].
+const NCCL: &str = include_str!("../fixtures/nccl_kinds.txt");
+
 /// What stands below the table.
-const NOT_SEEN: &str = "\nSeen by the suite on two ranks. `nccl` has no column: it takes a GPU, and the suite has not been run on one.\n";
+const HOW_SEEN: &str = "\nSeen by the suite on two ranks; of `nccl` on simulated devices (`cargo xtask gpu-simulated`), not on a GPU.\n";
 
 /// Kinds that are named together where all of them work.
 const CLASSES: [(&str, &[Kind]); 4] = [
@@ -56,6 +60,24 @@ fn seen(group: &ProcessGroup) -> Vec<Vec<Kind>> {
         }
     };
     rows().into_iter().map(|row| KINDS.into_iter().filter(|&kind| works(row, kind)).collect()).collect()
+}
+
+/// Writes down what a backend that is not seen in every run can do: a line for each row, with its kinds.
+pub fn record(group: &ProcessGroup, path: &Path) {
+    let lines: Vec<String> = seen(group).iter().map(|kinds| format!("{kinds:?}\n")).collect();
+    if group.rank() == 0 {
+        std::fs::write(path, lines.concat()).unwrap();
+    }
+}
+
+fn recorded(text: &str) -> Vec<Vec<Kind>> {
+    let kinds =
+        |line: &str| KINDS.into_iter().filter(|kind| words(line).any(|w| w == format!("{kind:?}"))).collect();
+    text.lines().map(kinds).collect()
+}
+
+fn words(line: &str) -> impl Iterator<Item = &str> {
+    line.split(|c: char| !c.is_alphanumeric())
 }
 
 fn kinds_in_words(kinds: &[Kind]) -> String {
@@ -122,13 +144,15 @@ fn table(columns: &[Vec<Vec<Kind>>]) -> String {
             None => merged.push((names, Vec::from_iter(how), cells)),
         }
     }
-    let mut text =
-        format!("| operation | combined by | {} |\n", BACKENDS.map(|b| format!("`{b}`")).join(" | "));
-    text += "|---|---|---|---|\n";
+    let mut text = format!(
+        "| operation | combined by | {} | `nccl` |\n",
+        BACKENDS.map(|b| format!("`{b}`")).join(" | ")
+    );
+    text += "|---|---|---|---|---|\n";
     for (names, hows, cells) in merged {
         let _ = writeln!(text, "| {names} | {} | {} |", hows.join(", "), cells.join(" | "));
     }
-    text + NOT_SEEN
+    text + HOW_SEEN
 }
 
 #[test]
@@ -140,6 +164,11 @@ fn the_readme_says_of_every_operation_and_kind_what_the_suite_sees() {
         assert_eq!(seen[0], seen[1], "ranks of {backend} see different things");
         seen.swap_remove(0)
     });
+    let columns = [&columns[..], &[recorded(NCCL)]].concat();
+    assert!(
+        columns.iter().all(|column| column.len() == rows().len()),
+        "`cargo xtask gpu-simulated` sees all rows"
+    );
     let table = table(&columns);
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md");
     let readme = std::fs::read_to_string(&path).unwrap();

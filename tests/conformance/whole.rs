@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use tch_distributed::{InitOptions, destroy_process_group, init_process_group, testing};
 
+use super::backends;
 use super::model::KINDS;
 use super::product::{self, Case};
 use super::suite;
@@ -41,6 +42,9 @@ fn the_product_as_a_table() {
             }
         }
         let ran = suite::product_on(&group, &cases);
+        if let Some(path) = std::env::var_os("TCHD_CONFORMANCE_RECORD") {
+            backends::record(&group, Path::new(&path));
+        }
         let mut text = table(&cases, ran.cases, &ran.failures);
         if place.is_some() && ran.failures.is_empty() {
             let named = suite::run_cases_on(&group, promises(&backend));

@@ -5,6 +5,7 @@
 
 use std::any::Any;
 use std::collections::BTreeMap;
+use std::mem::ManuallyDrop;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -23,7 +24,7 @@ use super::own::Own;
 use super::peers::Peers;
 use super::{sentry, waiters};
 use crate::backend::{Call, CollectiveBackend, Completion, Op, Receipt, Transfer, WriteBack, segment_numel};
-use crate::libtorch::{C10dBackend, C10dMember, C10dWork, NcclPlan, SideStream, Told};
+use crate::libtorch::{C10dBackend, C10dMember, C10dWork, NcclPlan, SideStream, Told, unless_ending};
 use crate::{Error, Result};
 
 /// Gloo's receive from anybody under this tag is how its connections are closed: see [`Shared::cut`].
@@ -573,8 +574,9 @@ impl Drop for Shared {
         self.lookout.close();
         self.peers.end();
         self.own.close(&Arc::new(Error::Aborted));
-        // Its destructor waits for what is pending, and this may be one of the engine's own threads.
-        if let Some(backend) = self.backend.take() {
+        // Its destructor waits for what is pending, and this may be one of the engine's own threads. Where the process ends
+        // before it has begun, it is left out.
+        if let Some(backend) = self.backend.take().map(ManuallyDrop::new) {
             let witness = self.witness.clone();
             let (leaves, left) = (self.leaves(), self.left.load(Ordering::Acquire));
             let (nccl, well) = (self.flavor == Flavor::Nccl, self.cause().is_none());
@@ -588,7 +590,7 @@ impl Drop for Shared {
                 } else if nccl && !left {
                     break_off(&backend);
                 }
-                drop(backend);
+                unless_ending(move || drop(ManuallyDrop::into_inner(backend)));
             });
         }
     }
@@ -597,14 +599,14 @@ impl Drop for Shared {
 /// Frees NCCL's communicators. Where that fails they are aborted: else the engine's destructor would, and an exception
 /// there ends the process.
 fn leave(backend: &C10dBackend) {
-    if let Err(text) = backend.shutdown() {
+    if let Some(Err(text)) = unless_ending(|| backend.shutdown()) {
         tracing::debug!("shutdown: {text}");
         break_off(backend);
     }
 }
 
 fn break_off(backend: &C10dBackend) {
-    if let Err(text) = backend.abort() {
+    if let Some(Err(text)) = unless_ending(|| backend.abort()) {
         tracing::debug!("abort: {text}");
     }
 }

@@ -12,7 +12,7 @@ use parking_lot::{Condvar, Mutex};
 use super::engine::{Keep, Underway};
 use super::inquest::Failure;
 use crate::backend::Completion;
-use crate::libtorch::{C10dWork, Mark, Told, use_device};
+use crate::libtorch::{C10dWork, Mark, Told, unless_ending, use_device};
 
 /// How long it pauses between two looks: at first, and at most.
 const PAUSES: [Duration; 2] = [Duration::from_micros(20), Duration::from_micros(500)];
@@ -189,7 +189,11 @@ impl Lookout {
             let now = Instant::now();
             let well = charges.front().is_none_or(Charge::is_well);
             let in_order = well && !charges.iter().any(|charge| charge.is_overdue(now));
-            let ended = take_ended(&mut charges, in_order, Charge::poll);
+            let polled = unless_ending(|| take_ended(&mut charges, in_order, Charge::poll));
+            let Some(ended) = polled else {
+                // Their tensors cannot be freed any more either.
+                return std::mem::forget(charges);
+            };
             pause = if ended.is_empty() { (pause * 2).min(PAUSES[1]) } else { PAUSES[0] };
             ended.into_iter().for_each(|(charge, result)| charge.end(result));
         }

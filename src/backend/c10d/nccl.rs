@@ -1,9 +1,11 @@
 //! libtorch's NCCL: CUDA tensors.
 //!
-//! It compiles and links, in CI too, and has never yet been run on a GPU by us. What differs from PyTorch:
+//! It has been run on simulated devices (`tests/gpu/simulated`), never yet on a GPU by us. What differs from PyTorch:
 //! * libtorch's watchdog and monitor are told, by their environment variables, not to end the process
 //!   (`src/libtorch/c10d/nccl.cpp`); [`lookout`](super::lookout) watches the time and aborts.
 //! * Copies that go with an operation, into one buffer and out of it, run on a stream of their own, beside the program's.
+//! * Before ranks connect they meet in the store, so that one that does not come is missed in time.
+//! * Gathers and scatters may be uneven: the root's side goes as a batch of messages.
 //! * Messages always go as a batch: the Python side of one is `batch_isend_irecv`, not `send`.
 //! * A group of ranks that named their devices is connected anew for a sub-group, unless
 //!   [`split_communicator`](crate::GroupOptions::split_communicator) is asked for. PyTorch splits the communicator then, by

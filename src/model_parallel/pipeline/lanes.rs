@@ -123,7 +123,7 @@ mod tests {
         };
         let given =
             passes(src).iter().filter_map(|a| Some((on(next(a.stage), dst)?, a.micro_batch))).collect();
-        let taken = passes(dst).iter().filter(|a| on(before(a.stage), src).is_some());
+        let taken = passes(dst).into_iter().filter(|a| on(before(a.stage), src).is_some());
         (given, taken.map(|a| (a.stage, a.micro_batch)).collect())
     }
 

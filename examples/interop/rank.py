@@ -1,6 +1,6 @@
 """One rank of PyTorch in a world that it shares with Rust: see main.rs, which does the same step by step.
 
-usage: python rank.py env | tcp://HOST:PORT   (RANK and WORLD_SIZE from the environment)
+usage: python rank.py env | tcp://HOST:PORT  [gloo | nccl]   (RANK, WORLD_SIZE, LOCAL_RANK from the environment)
 """
 
 import os
@@ -60,7 +60,6 @@ def collectives(r, n):
     dist.reduce_scatter_tensor(out, torch.arange(2.0 * n) + r)
     base = n * (n - 1) / 2
     check("reduce_scatter_tensor", out, [n * 2 * r + base, n * (2 * r + 1) + base])
-    # Not dist.reduce_scatter: for lists PyTorch's Gloo has another way over the wire.
     out = torch.zeros(n)
     dist.all_to_all_single(out, torch.arange(float(n)) + 10 * r)
     check("all_to_all_single", out, [10 * i + r for i in range(n)])
@@ -75,7 +74,45 @@ def collectives(r, n):
     dist.barrier()
 
 
+def of_nccl(r, n):
+    """What PyTorch's Gloo does not have, or, for lists in reduce_scatter, does another way over the wire."""
+    t = torch.tensor([r == 0, False])
+    dist.all_reduce(t)
+    check("all_reduce bool", t, [True, False])
+    out = torch.zeros(2)
+    dist.reduce_scatter(out, [torch.full((2,), 10.0 * r + to) for to in range(n)])
+    check("reduce_scatter", out, [5 * n * (n - 1) + n * r] * 2)
+    # More than any buffer on the way.
+    t = torch.full((300_000,), float(r), dtype=torch.float64)
+    dist.all_reduce(t)
+    check("all_reduce of much", t, [n * (n - 1) / 2] * 300_000)
+    to, source = (r + 1) % n, (r + n - 1) % n
+    got = torch.zeros(300_000, dtype=torch.float64)
+    batch((dist.irecv, got, source), (dist.isend, t + r, to))
+    check("much sent", got, [n * (n - 1) / 2 + source] * 300_000)
+
+
+def batch(*ops):
+    for work in dist.batch_isend_irecv([dist.P2POp(*op) for op in ops]):
+        work.wait()
+
+
 def messages(r, n):
+    """What NCCL has of messages too. There Rust's side of one is always a batch, and a lone send or recv none."""
+    to, source = (r + 1) % n, (r + n - 1) % n
+    got = torch.zeros(1)
+    batch((dist.irecv, got, source), (dist.isend, torch.tensor([r + 0.5]), to))
+    check("batch_isend_irecv", got, [source + 0.5])
+    if r > 0:
+        batch((dist.isend, torch.full((3,), r, dtype=torch.int32), 0))
+        return
+    for other in range(1, n):
+        got = torch.zeros(3, dtype=torch.int32)
+        batch((dist.irecv, got, other))
+        check("send, recv", got, [other] * 3)
+
+
+def tagged_messages(r, n):
     to, source = (r + 1) % n, (r + n - 1) % n
     got = torch.zeros(3)
     works = [dist.isend(torch.full((3,), float(r)), to, tag=5), dist.irecv(got, source, tag=5)]
@@ -92,11 +129,6 @@ def messages(r, n):
         assert senders == set(range(1, n)), senders
     else:
         dist.send(torch.tensor([r], dtype=torch.int16), 0, tag=6)
-    got = torch.zeros(1)
-    ops = [dist.P2POp(dist.irecv, got, source), dist.P2POp(dist.isend, torch.tensor([r + 0.5]), to)]
-    for work in dist.batch_isend_irecv(ops):
-        work.wait()
-    check("batch_isend_irecv", got, [source + 0.5])
 
 
 def groups(r, n):
@@ -129,14 +161,16 @@ def train(r, n):
 def main():
     torch.set_num_threads(1)
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if sys.argv[1] == "env":
-        dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    else:
-        dist.init_process_group(
-            "gloo", init_method=sys.argv[1], rank=rank, world_size=size, timeout=timedelta(seconds=60)
-        )
+    backend = sys.argv[2] if len(sys.argv) > 2 else "gloo"
+    if backend == "nccl":
+        # More ranks than devices share them.
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        torch.set_default_device("cuda")
+    where = {} if sys.argv[1] == "env" else {"init_method": sys.argv[1], "rank": rank, "world_size": size}
+    dist.init_process_group(backend, timeout=timedelta(seconds=60), **where)
     collectives(rank, size)
     messages(rank, size)
+    (of_nccl if backend == "nccl" else tagged_messages)(rank, size)
     groups(rank, size)
     train(rank, size)
     dist.barrier()

@@ -77,7 +77,20 @@ cases() { # one rank: the named cases and the random programs
     env RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 TCHD_CONFORMANCE_BACKEND=nccl-staged TCHD_CONFORMANCE_RANKS=launched \
         "$bin/conformance" --exact --nocapture whole::the_product_as_a_table
 }
-export bin; export -f suite cases
+world() { # LANGUAGES: one rank of Rust (r) or PyTorch (p) for each letter
+    local rank members=() failed=0
+    export WORLD_SIZE=${#1} MASTER_ADDR=127.0.0.1 MASTER_PORT
+    MASTER_PORT=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+    for ((rank = 0; rank < WORLD_SIZE; rank++)); do
+        local member=("$bin/interop")
+        [ "${1:rank:1}" = r ] || member=("$python" "$here/rank.py")
+        RANK=$rank LOCAL_RANK=$rank "${member[@]}" env nccl &
+        members+=($!)
+    done
+    for rank in "${members[@]}"; do wait "$rank" || failed=1; done
+    return $failed
+}
+export bin python here; export -f suite cases world
 
 "$python" - <<'MACHINE'
 import torch
@@ -96,8 +109,10 @@ for ranks in 2 4; do
         shared=(env "LD_PRELOAD=$NCCL" NCCL_MULTI_RANK_GPU_ENABLE=1 NCCL_NVLS_ENABLE=0 NCCL_MAX_CTAS=4)
         gpu_part "checks-$ranks-ranks-one-gpu" 540 "${shared[@]}" "$bin/gpu" checks $ranks
         gpu_part "product-$ranks-ranks-one-gpu" 540 "${shared[@]}" bash -c "suite $ranks"
+        languages=pr; [ $ranks = 2 ] || languages=rppr
+        gpu_part "pytorch-$ranks-ranks-one-gpu" 540 "${shared[@]}" bash -c "world $languages"
     else
-        for name in checks product; do
+        for name in checks product pytorch; do
             not_run "$name-$ranks-ranks-one-gpu" "NCCL names no library of 2.30 or newer"
         done
     fi

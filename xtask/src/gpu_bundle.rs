@@ -22,7 +22,9 @@ pub(crate) const ABOUT: &str =
 --libtorch VERSION  for this one only";
 
 /// Tests by name, and the programs that they are in the bundle.
-const PROGRAMS: [&str; 2] = ["gpu", "conformance"];
+const TESTS: [&str; 2] = ["gpu", "conformance"];
+/// The same of examples.
+const EXAMPLES: [&str; 1] = ["interop"];
 
 pub(crate) fn run(arguments: &[String]) -> Result<()> {
     let releases: Vec<&Release> = match arguments {
@@ -40,23 +42,19 @@ pub(crate) fn run(arguments: &[String]) -> Result<()> {
     if bundle.exists() {
         fs::remove_dir_all(&bundle)?;
     }
-    for file in ["README.md", "run.sh", "beside.py"] {
-        fs::create_dir_all(&bundle)?;
-        fs::copy(root().join("tests/gpu").join(file), bundle.join(file))?;
+    fs::create_dir_all(&bundle)?;
+    for file in ["tests/gpu/README.md", "tests/gpu/run.sh", "tests/gpu/beside.py", "examples/interop/rank.py"]
+    {
+        let from = root().join(file);
+        fs::copy(&from, bundle.join(from.file_name().context("a file has a name")?))?;
     }
     for release in releases {
         let tch = if release.published { release.tch } else { "of this repository" };
         println!("=== libtorch {}, tch {tch}", release.libtorch);
-        let mut build = vec![
-            "test",
-            "--release",
-            "--no-run",
-            "--features",
-            "nccl",
-            "--message-format",
-            "json-render-diagnostics",
-        ];
-        PROGRAMS.iter().for_each(|program| build.extend(["--test", program]));
+        let mut build =
+            vec!["build", "--release", "--features", "nccl", "--message-format", "json-render-diagnostics"];
+        TESTS.iter().for_each(|test| build.extend(["--test", test]));
+        EXAMPLES.iter().for_each(|example| build.extend(["--example", example]));
         let built = match locate::release(&root(), None)?.libtorch == release.libtorch {
             true => {
                 setup::run(&["--nccl".to_owned()])?;
@@ -81,7 +79,7 @@ pub(crate) fn run(arguments: &[String]) -> Result<()> {
         };
         let folder = bundle.join(format!("libtorch-{}", release.libtorch));
         fs::create_dir(&folder)?;
-        for program in PROGRAMS {
+        for program in TESTS.into_iter().chain(EXAMPLES) {
             let from = executable(&built, program)
                 .with_context(|| format!("cargo does not say where it built {program}"))?;
             let to = folder.join(program);

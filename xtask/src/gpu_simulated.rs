@@ -1,5 +1,6 @@
 //! `cargo xtask gpu-simulated`: what takes a GPU, run without one, on the simulated devices of `tests/gpu/simulated`. The
-//! libtorch is PyTorch's with CUDA; the CUDA runtime, NCCL and the kernels under it are ours, on the host.
+//! libtorch is PyTorch's with CUDA; the CUDA runtime, NCCL and the kernels under it are ours, on the host. PyTorch itself
+//! runs on them too: in worlds of its ranks and ours.
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -9,51 +10,65 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 
+use crate::interop::Makings;
 use crate::setup::root;
 use crate::wheels::Release;
 use crate::{cache, gpu_bundle, interop};
 
 pub(crate) const ABOUT: &str =
-    "Run what takes a GPU on a simulated one: NCCL's engine, CUDA tensors, DDP (installs PyTorch, 5 GB)
-PARTS               only those whose names begin so: checks-2, suite";
+    "Run what takes a GPU on a simulated one: NCCL's engine, CUDA tensors, DDP, worlds shared with PyTorch (installs it, 5 GB)
+PARTS               only those whose names begin so: checks-2, suite, world";
 
-/// A program of the bundle and how it is run.
+/// What is run, and what it has in its environment besides.
 struct Part {
     name: &'static str,
-    program: &'static str,
-    arguments: &'static [&'static str],
-    environment: &'static [(&'static str, &'static str)],
+    what: What,
+    environment: Environment,
+}
+
+type Environment = &'static [(&'static str, &'static str)];
+
+enum What {
+    /// A program of the bundle, with arguments.
+    Program(&'static str, &'static [&'static str]),
+    /// One rank of Rust or PyTorch for each letter, over `tcp://` and then over `env://`.
+    World(&'static str),
 }
 
 /// Ranks have a device each and may have memory of no other, or share one whose streams are late by chance.
-const OWN_DEVICES: &[(&str, &str)] = &[("SIMULATED_CUDA_DEVICES", "3"), ("SIMULATED_CUDA_BOUND", "1")];
-const LATE_STREAMS: &[(&str, &str)] = &[("SIMULATED_CUDA_DELAY", "200")];
+const OWN_DEVICES: Environment = &[("SIMULATED_CUDA_DEVICES", "3"), ("SIMULATED_CUDA_BOUND", "1")];
+const LATE_STREAMS: Environment = &[("SIMULATED_CUDA_DELAY", "200")];
 
 const TABLE: &[&str] = &["--exact", "whole::the_product_as_a_table"];
 
 const PARTS: &[Part] = &[
-    Part { name: "checks-1", program: "gpu", arguments: &["checks", "1"], environment: &[] },
-    Part { name: "checks-2", program: "gpu", arguments: &["checks", "2"], environment: OWN_DEVICES },
-    Part { name: "checks-3", program: "gpu", arguments: &["checks", "3"], environment: OWN_DEVICES },
-    Part { name: "checks-4", program: "gpu", arguments: &["checks", "4"], environment: LATE_STREAMS },
-    Part {
-        name: "cases-1",
-        program: "conformance",
-        arguments: TABLE,
-        environment: &[
-            ("RANK", "0"),
-            ("LOCAL_RANK", "0"),
-            ("WORLD_SIZE", "1"),
-            ("TCHD_CONFORMANCE_RANKS", "launched"),
-        ],
-    },
+    checks("checks-1", &["checks", "1"], &[]),
+    checks("checks-2", &["checks", "2"], OWN_DEVICES),
+    checks("checks-3", &["checks", "3"], OWN_DEVICES),
+    checks("checks-4", &["checks", "4"], LATE_STREAMS),
+    suite(
+        "cases-1",
+        &[("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("TCHD_CONFORMANCE_RANKS", "launched")],
+    ),
     suite("suite-1", &[("TCHD_CONFORMANCE_WORLD", "1"), ("TCHD_CONFORMANCE_RANKS", "processes")]),
     suite("suite-2", &[("TCHD_CONFORMANCE_WORLD", "2"), ("TCHD_CONFORMANCE_RANKS", "processes")]),
     suite("suite-4", &[("TCHD_CONFORMANCE_WORLD", "4"), ("TCHD_CONFORMANCE_RANKS", "processes")]),
+    world("world-pr", "pr", OWN_DEVICES),
+    world("world-rp", "rp", LATE_STREAMS),
+    world("world-prp", "prp", OWN_DEVICES),
+    world("world-rppr", "rppr", LATE_STREAMS),
 ];
 
-const fn suite(name: &'static str, environment: &'static [(&'static str, &'static str)]) -> Part {
-    Part { name, program: "conformance", arguments: TABLE, environment }
+const fn checks(name: &'static str, arguments: &'static [&'static str], environment: Environment) -> Part {
+    Part { name, what: What::Program("gpu", arguments), environment }
+}
+
+const fn suite(name: &'static str, environment: Environment) -> Part {
+    Part { name, what: What::Program("conformance", TABLE), environment }
+}
+
+const fn world(name: &'static str, languages: &'static str, environment: Environment) -> Part {
+    Part { name, what: What::World(languages), environment }
 }
 
 pub(crate) fn run(arguments: &[String]) -> Result<()> {
@@ -69,33 +84,18 @@ pub(crate) fn run(arguments: &[String]) -> Result<()> {
     let programs = target.join("gpu-bundle").join(format!("libtorch-{version}"));
     let folder = target.join("gpu-simulated");
     let preload = build(&torch, &folder, version)?;
+    let devices = [("LD_PRELOAD", preload), ("LD_LIBRARY_PATH", path_list(&[&folder, &torch.join("lib")])?)];
     let mut failed = Vec::new();
     for part in wanted {
         let (start, log) = (Instant::now(), folder.join(format!("{}.log", part.name)));
-        let file = File::create(&log)?;
-        let status = Command::new(programs.join(part.program))
-            .args(part.arguments)
-            .env("LD_PRELOAD", &preload)
-            .env("LD_LIBRARY_PATH", path_list(&[&folder, &torch.join("lib")])?)
-            .env("TCHD_CONFORMANCE_BACKEND", "nccl-staged")
-            .env("TCH_DISTRIBUTED_TEST_TIMEOUT", "600")
-            .env("GPU_TRACES", &folder)
-            .env("TCHD_CONFORMANCE_RECORD", folder.join(format!("{}-kinds.txt", part.name)))
-            .envs(part.environment.iter().copied())
-            .stdin(Stdio::null())
-            .stdout(file.try_clone()?)
-            .stderr(file)
-            .status()
-            .with_context(|| format!("{} does not start", part.program))?;
-        let seen = folder.join(format!("{}-kinds.txt", part.name));
-        let kept = root().join("tests/fixtures/nccl_kinds.txt");
-        if part.name == "suite-2" && status.success() && fs::read(&seen)? != fs::read(&kept)? {
-            println!("NCCL does other kinds than {} says: {} is what was seen", kept.display(), seen.display());
-            failed.push(part.name);
+        let mut result = part.run(&programs, &folder, &devices, File::create(&log)?);
+        if part.name == "suite-2" && result.is_ok() {
+            result = as_recorded(&part.seen(&folder));
         }
-        let result = if status.success() { "ok" } else { "FAILED" };
-        println!("{:<10} {result:<7} {:>4} s   {}", part.name, start.elapsed().as_secs(), log.display());
-        if !status.success() {
+        let word = if result.is_ok() { "ok" } else { "FAILED" };
+        println!("{:<10} {word:<7} {:>4} s   {}", part.name, start.elapsed().as_secs(), log.display());
+        if let Err(error) = result {
+            println!("    {error:#}");
             failed.push(part.name);
         }
     }
@@ -103,6 +103,63 @@ pub(crate) fn run(arguments: &[String]) -> Result<()> {
         true => Ok(()),
         false => bail!("{} failed", failed.join(", ")),
     }
+}
+
+impl Part {
+    /// Where the suite says which kinds it has seen done.
+    fn seen(&self, folder: &Path) -> PathBuf {
+        folder.join(format!("{}-kinds.txt", self.name))
+    }
+
+    fn run(
+        &self,
+        programs: &Path,
+        folder: &Path,
+        devices: &[(&'static str, OsString)],
+        log: File,
+    ) -> Result<()> {
+        let own = self.environment.iter().map(|(name, value)| (*name, OsString::from(value)));
+        let environment = devices.iter().cloned().chain(own);
+        match self.what {
+            What::Program(program, arguments) => {
+                let status = Command::new(programs.join(program))
+                    .args(arguments)
+                    .envs(environment)
+                    .env("TCHD_CONFORMANCE_BACKEND", "nccl-staged")
+                    .env("TCH_DISTRIBUTED_TEST_TIMEOUT", "600")
+                    .env("GPU_TRACES", folder)
+                    .env("TCHD_CONFORMANCE_RECORD", self.seen(folder))
+                    .stdin(Stdio::null())
+                    .stdout(log.try_clone()?)
+                    .stderr(log)
+                    .status()
+                    .with_context(|| format!("{program} does not start"))?;
+                ensure!(status.success(), "{program}: {status}");
+            }
+            What::World(languages) => {
+                let makings = Makings {
+                    python: interop::python()?,
+                    rust: programs.join("interop"),
+                    backend: "nccl",
+                    environment: environment.collect(),
+                    log: Some(log),
+                };
+                for method in ["tcp", "env"] {
+                    interop::world(languages, method, &makings)
+                        .with_context(|| format!("over {method}://"))?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What NCCL does is in the documentation as a test has it in a file.
+fn as_recorded(seen: &Path) -> Result<()> {
+    let kept = root().join("tests/fixtures/nccl_kinds.txt");
+    let same = fs::read(seen)? == fs::read(&kept)?;
+    ensure!(same, "NCCL does other kinds than {} says: {} is what was seen", kept.display(), seen.display());
+    Ok(())
 }
 
 /// Where a PyTorch with CUDA is.

@@ -1,6 +1,8 @@
 //! `cargo xtask interop`: Rust ranks and PyTorch ranks in one world, and ranks started by others' launchers.
 
 use std::env;
+use std::ffi::OsString;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -19,11 +21,29 @@ variables (installs PyTorch, 5 GB; wants Open MPI's mpirun)";
 /// PyTorch's, and of what is in its environment.
 pub(crate) const VERSION: &str = "2.13.0";
 
+/// How ranks of both languages are started.
+pub(crate) struct Makings {
+    pub(crate) python: PathBuf,
+    /// The example `interop`.
+    pub(crate) rust: PathBuf,
+    pub(crate) backend: &'static str,
+    /// What they have in their environment besides their place.
+    pub(crate) environment: Vec<(&'static str, OsString)>,
+    /// Where their words go; else what they complain of goes to ours.
+    pub(crate) log: Option<File>,
+}
+
 pub(crate) fn run(_arguments: &[String]) -> Result<()> {
     setup::ensure()?;
     let python = python()?;
     execute(cargo().args(["build", "--example", "interop", "--example", "train_digits"]))?;
-    let rust = built("interop")?;
+    let makings = Makings {
+        python: python.clone(),
+        rust: built("interop")?,
+        backend: "gloo",
+        environment: Vec::new(),
+        log: None,
+    };
     let mut worlds = 0;
     let mut tell = |languages: &str, how: &str, took: Result<Duration>| -> Result<()> {
         let took =
@@ -34,11 +54,11 @@ pub(crate) fn run(_arguments: &[String]) -> Result<()> {
     };
     for languages in ["pr", "rp", "prp", "rpr", "rrp", "prpr", "rppr"] {
         for method in ["tcp", "env"] {
-            tell(languages, &format!("{method}://"), world(languages, method, &python, &rust))?;
+            tell(languages, &format!("{method}://"), world(languages, method, &makings))?;
         }
     }
     for languages in ["pr", "rp"] {
-        tell(languages, "torchrun", under_torchrun(languages, &python, &rust))?;
+        tell(languages, "torchrun", under_torchrun(languages, &makings))?;
     }
     println!("{worlds} worlds shared by Rust and PyTorch {VERSION}");
     let folder = target().join("interop");
@@ -81,7 +101,7 @@ pub(crate) fn target() -> PathBuf {
 }
 
 /// Runs one rank for each letter and waits for all; tells how long that took.
-fn world(languages: &str, method: &str, python: &Path, rust: &Path) -> Result<Duration> {
+pub(crate) fn world(languages: &str, method: &str, makings: &Makings) -> Result<Duration> {
     let port = free_port()?;
     let place = match method {
         "env" => "env".to_owned(),
@@ -89,10 +109,11 @@ fn world(languages: &str, method: &str, python: &Path, rust: &Path) -> Result<Du
     };
     let mut ranks = Crew::default();
     for (rank, language) in languages.chars().enumerate() {
-        let mut command = member(language, python, rust);
+        let mut command = member(language, makings)?;
         command
-            .arg(&place)
+            .args([&place, makings.backend])
             .env("RANK", rank.to_string())
+            .env("LOCAL_RANK", rank.to_string())
             .env("WORLD_SIZE", languages.len().to_string())
             .env("MASTER_ADDR", "127.0.0.1")
             .env("MASTER_PORT", port.to_string());
@@ -102,19 +123,19 @@ fn world(languages: &str, method: &str, python: &Path, rust: &Path) -> Result<Du
 }
 
 /// The same world, whose store torchrun's agent serves: each node has ranks of one language.
-fn under_torchrun(languages: &str, python: &Path, rust: &Path) -> Result<Duration> {
+fn under_torchrun(languages: &str, makings: &Makings) -> Result<Duration> {
     let port = free_port()?.to_string();
     let nodes = languages.len().to_string();
     let mut agents = Crew::default();
     for (node, language) in languages.chars().enumerate() {
-        let inner = member(language, python, rust);
-        let mut command = Command::new(python.with_file_name("torchrun"));
+        let inner = member(language, makings)?;
+        let mut command = Command::new(makings.python.with_file_name("torchrun"));
         command
             .args(["--nnodes", &nodes, "--node-rank", &node.to_string(), "--nproc-per-node", "1"])
             .args(["--master-addr", "127.0.0.1", "--master-port", &port, "--no-python"])
             .arg(inner.get_program())
             .args(inner.get_args())
-            .arg("env")
+            .args(["env", makings.backend])
             .env_remove("LD_LIBRARY_PATH")
             .env("PYTHONWARNINGS", "ignore::FutureWarning")
             .env("OMP_NUM_THREADS", "1")
@@ -125,17 +146,21 @@ fn under_torchrun(languages: &str, python: &Path, rust: &Path) -> Result<Duratio
 }
 
 /// A rank of this language, without its place in the world.
-fn member(language: char, python: &Path, rust: &Path) -> Command {
+fn member(language: char, makings: &Makings) -> Result<Command> {
     let mut command = match language {
         'p' => {
-            let mut command = Command::new(python);
+            let mut command = Command::new(&makings.python);
             // Ours is a libtorch without CUDA; PyTorch finds its own.
             command.arg(root().join("examples/interop/rank.py")).env_remove("LD_LIBRARY_PATH");
             command
         }
-        _ => Command::new(rust),
+        _ => Command::new(&makings.rust),
     };
     // PyTorch 2.13 warns of names that older ones need.
     command.env("PYTHONWARNINGS", "ignore::FutureWarning").env("OMP_NUM_THREADS", "1").stdout(Stdio::null());
-    command
+    command.envs(makings.environment.iter().map(|(name, value)| (name, value)));
+    if let Some(log) = &makings.log {
+        command.stdout(log.try_clone()?).stderr(log.try_clone()?);
+    }
+    Ok(command)
 }

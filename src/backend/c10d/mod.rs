@@ -4,9 +4,9 @@
 //! [`combine`]), [`messages`] those from rank to rank ([`own`] to oneself, [`listeners`] and [`peers`] from any rank), and
 //! their ends into completions; on devices [`lookout`] waits for the ends. [`sentry`] notices ranks that called different things,
 //! and [`inquest`] finds out, through the store, what a failure was, for these engines know addresses, not ranks. Worlds
-//! can be shared with Python: the keys on the wire, the order of construction and the operations are PyTorch's, with one
-//! exception: PyTorch's Gloo has another way over the wire for `reduce_scatter` of lists, so that only
-//! `reduce_scatter_tensor` is shared.
+//! can be shared with Python: the keys on the wire, the order of construction and the operations are PyTorch's, but for a few
+//! that PyTorch does another way: over Gloo `reduce_scatter` of lists (`reduce_scatter_tensor` is shared), over NCCL
+//! gathers to all and reduce-scatters of uneven parts.
 //!
 //! Gloo is part of every build. NCCL is there with the feature `nccl`: it compiles and links, and has never yet been
 //! run on a GPU by us (see [`nccl`]).

@@ -4,7 +4,8 @@
 //! * libtorch's watchdog and monitor are told, by their environment variables, not to end the process
 //!   (`src/libtorch/c10d/nccl.cpp`); [`lookout`](super::lookout) watches the time and aborts.
 //! * Copies that go with an operation, into one buffer and out of it, run on a stream of their own, beside the program's.
-//! * Before ranks connect they meet in the store, so that one that does not come is missed in time.
+//! * Before ranks connect they meet in the store, so that one that does not come is missed in time. Ranks of Python do not
+//!   say there that they come: who waits for one waits in NCCL, as PyTorch's own ranks do.
 //! * Gathers and scatters may be uneven: the root's side goes as a batch of messages.
 //! * Messages always go as a batch: the Python side of one is `batch_isend_irecv`, not `send`.
 //! * A group of ranks that named their devices is connected anew for a sub-group, unless

@@ -530,18 +530,20 @@ ncclResult_t ncclReduceScatter(const void* from, void* to, std::size_t count, nc
     return well;
   });
 }
+// Of these two NCCL sees bytes: ranks may call them by different types.
 ncclResult_t ncclBroadcast(const void* from, void* to, std::size_t count, ncclDataType_t type, int root, ncclComm_t comm, cudaStream_t stream) {
+  const std::size_t bytes = count * size_of(type);
   return give(comm, stream, [=] {
-    return comm->agree(tag("broadcast", count, type, root)) &&
+    return comm->agree(tag("broadcast", bytes, ncclInt8, root)) &&
         in_parts(
-               *comm, count, size_of(type),
+               *comm, bytes, 1,
                [&](std::size_t first, std::size_t n) {
                  if (comm->rank == root) {
-                   std::memcpy(comm->shared->parts[root], static_cast<const char*>(from) + first * size_of(type), n * size_of(type));
+                   std::memcpy(comm->shared->parts[root], static_cast<const char*>(from) + first, n);
                  }
                },
                [&](std::size_t first, std::size_t n) {
-                 std::memcpy(static_cast<char*>(to) + first * size_of(type), comm->shared->parts[root], n * size_of(type));
+                 std::memcpy(static_cast<char*>(to) + first, comm->shared->parts[root], n);
                });
   });
 }
@@ -549,18 +551,17 @@ ncclResult_t ncclBcast(void* data, std::size_t count, ncclDataType_t type, int r
   return ncclBroadcast(data, data, count, type, root, comm, stream);
 }
 ncclResult_t ncclAllGather(const void* from, void* to, std::size_t count, ncclDataType_t type, ncclComm_t comm, cudaStream_t stream) {
+  const std::size_t bytes = count * size_of(type);
   return give(comm, stream, [=] {
-    const std::size_t element = size_of(type);
-    return comm->agree(tag("all_gather", count, type, 0)) &&
+    return comm->agree(tag("all_gather", bytes, ncclInt8, 0)) &&
         in_parts(
-               *comm, count, element,
+               *comm, bytes, 1,
                [&](std::size_t first, std::size_t n) {
-                 std::memcpy(comm->shared->parts[comm->rank], static_cast<const char*>(from) + first * element, n * element);
+                 std::memcpy(comm->shared->parts[comm->rank], static_cast<const char*>(from) + first, n);
                },
                [&](std::size_t first, std::size_t n) {
                  for (int rank = 0; rank < comm->size; ++rank) {
-                   const std::size_t at = (static_cast<std::size_t>(rank) * count + first) * element;
-                   std::memcpy(static_cast<char*>(to) + at, comm->shared->parts[rank], n * element);
+                   std::memcpy(static_cast<char*>(to) + static_cast<std::size_t>(rank) * bytes + first, comm->shared->parts[rank], n);
                  }
                });
   });

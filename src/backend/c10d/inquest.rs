@@ -2,8 +2,9 @@
 //! to blame, the ranks find out through the store, where each that fails says how far it was.
 //!
 //! Keys, under the group's own: `tchd/here/RANK` from a rank of this crate when it joins (Python ranks set
-//! none), `tchd/begun/RANK` when it comes to its first operation on NCCL, `tchd/connected/RANK` when it has, `tchd/left/RANK` when it leaves in good order, `tchd/failed/RANK` with its
-//! [`Status`] from a rank that fails, and then `tchd/over`, `tchd/cause` from the first that aborts.
+//! none), `tchd/begun/RANK` when it comes to its first operation on NCCL, `tchd/connected/RANK` when it has
+//! connected, `tchd/left/RANK` when it leaves in good order, `tchd/failed/RANK` with its [`Status`] from a rank
+//! that fails, and then `tchd/over`, `tchd/cause` from the first that aborts.
 
 use std::io;
 use std::sync::Arc;

@@ -11,9 +11,7 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <array>
 #include <atomic>
-#include <chrono>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
@@ -24,7 +22,6 @@
 #include <mutex>
 #include <random>
 #include <string>
-#include <thread>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -122,11 +119,6 @@ struct ncclComm {
 namespace {
 using Comm = ncclComm;
 
-template <typename T>
-double value(const T& x) {
-  return static_cast<double>(x);
-}
-
 struct Reduction {
   int op = ncclSum;
   bool scaled = false;
@@ -193,7 +185,6 @@ void with_type(ncclDataType_t type, F&& f) {
 
 // What is given to a stream: collectives in order, then messages all at once.
 struct Message {
-  int peer;
   char* data;
   std::size_t bytes;
 };
@@ -571,14 +562,14 @@ ncclResult_t ncclSend(const void* data, std::size_t count, ncclDataType_t type, 
     return ncclInvalidUsage;
   }
   char* bytes = const_cast<char*>(static_cast<const char*>(data));
-  batch_for(comm, stream).sends[peer].push_back({peer, bytes, count * size_of(type)});
+  batch_for(comm, stream).sends[peer].push_back({bytes, count * size_of(type)});
   return end_of_group();
 }
 ncclResult_t ncclRecv(void* data, std::size_t count, ncclDataType_t type, int peer, ncclComm_t comm, cudaStream_t stream) {
   if (comm == nullptr || comm->aborted.load() || peer < 0 || peer >= comm->size) {
     return ncclInvalidUsage;
   }
-  batch_for(comm, stream).receives[peer].push_back({peer, static_cast<char*>(data), count * size_of(type)});
+  batch_for(comm, stream).receives[peer].push_back({static_cast<char*>(data), count * size_of(type)});
   return end_of_group();
 }
 ncclResult_t ncclAlltoAll(const void* from, void* to, std::size_t count, ncclDataType_t type, ncclComm_t comm, cudaStream_t stream) {

@@ -15,7 +15,6 @@
 #include <optional>
 #include <set>
 #include <string>
-#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -193,7 +192,7 @@ std::optional<Stack> shapes(const OperatorHandle& op, const Stack& stack, std::s
 }
 
 // Whether all returns are arguments that are written, with the shape that they have.
-bool writes_in_place(const OperatorHandle& op, const Stack& stack, std::size_t count) {
+bool writes_in_place(const OperatorHandle& op) {
   const auto& schema = op.schema();
   for (const auto& returned : schema.returns()) {
     if (returned.alias_info() == nullptr || !returned.alias_info()->isWrite()) {
@@ -201,15 +200,12 @@ bool writes_in_place(const OperatorHandle& op, const Stack& stack, std::size_t c
     }
   }
   bool writes = false;
-  const auto first = stack.size() - count;
-  for (std::size_t i = 0; i < count; ++i) {
-    const auto& argument = schema.arguments()[i];
+  for (const auto& argument : schema.arguments()) {
     if (argument.alias_info() != nullptr && argument.alias_info()->isWrite()) {
       writes = true;
       if (argument.is_out()) { // may be given another shape
         return false;
       }
-      (void)stack[first + i];
     }
   }
   return writes;
@@ -235,7 +231,7 @@ void in_place_of_kernel(const OperatorHandle& op, c10::DispatchKeySet, Stack* st
     return host;
   };
   const bool may_wait = !draws(op.schema());
-  if (may_wait && writes_in_place(op, *stack, count)) {
+  if (may_wait && writes_in_place(op)) {
     Stack returned;
     for (std::size_t i = 0; i < op.schema().returns().size(); ++i) {
       for (std::size_t j = 0; j < count; ++j) {
